@@ -1,0 +1,1 @@
+"""Attacks: functions that take a model, inputs and labels and return perturbed inputs."""

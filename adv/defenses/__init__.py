@@ -1,0 +1,1 @@
+"""Defenses: losses and models that resist attacks."""
