@@ -1,4 +1,4 @@
-"""What an experiment needs around a method: data, models, training, measurement, figures, claims."""
+"""What an experiment needs around a method: data, models, training, measurement, figures."""
 
 import torch
 

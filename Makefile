@@ -1,0 +1,78 @@
+# The commands of the book. Each sets up what it needs in .venv, once.
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lint types unit nbval site notebooks lab mutants bench clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The environment is made anew when these files change, not when their dates do.
+PINS := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+BOOK := $(VENV)/.book-$(PINS)
+TEST := $(VENV)/.test-$(PINS)
+
+help:
+	@echo "make book       set up, execute every chapter, build the site"
+	@echo "make test       set up, run all checks"
+	@echo "make lab        open the book in JupyterLab"
+	@echo "make notebooks  execute every chapter and store its outputs (ONLY=name for one)"
+	@echo "make mutants    break the code on purpose: do the chapters' claims notice?"
+	@echo "make bench      measure speed"
+	@echo "make clean      remove what was built (make distclean: the environment too)"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(BOOK): | $(VENV)/bin/python
+	@echo "Installing the book's packages into $(VENV) (some GB with PyTorch; once) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book]'
+	@touch $@
+
+$(TEST): | $(VENV)/bin/python
+	@echo "Installing the book's and the tests' packages into $(VENV) (some GB with PyTorch; once) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
+	@touch $@ $(BOOK)
+
+book: $(BOOK)
+	$(BIN)/python tools/book.py build
+
+notebooks: $(BOOK)
+	$(BIN)/python tools/book.py notebooks $(ONLY)
+
+lab: $(BOOK)
+	$(BIN)/jupyter lab --notebook-dir=book
+
+test: lint types unit nbval site
+
+lint: $(TEST)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(TEST)
+	$(BIN)/mypy
+
+unit: $(TEST)
+	$(BIN)/pytest -q -n 2 --cov --cov-report=term --cov-fail-under=95 --ignore=tests/book/test_site.py
+
+# Every notebook is executed once more and compared with its stored outputs.
+nbval: $(TEST)
+	TQDM_DISABLE=1 PYTHONHASHSEED=0 $(BIN)/pytest -q -n 2 --dist loadscope --nbval \
+	    --nbval-current-env --nbval-cell-timeout=600 -p no:cacheprovider -W default \
+	    --nbval-sanitize-with tests/book/nbval.cfg book
+
+# The site is built from the stored outputs and opened, page by page, in headless Chromium.
+site: $(TEST)
+	$(BIN)/pytest -q tests/book/test_site.py
+
+mutants: $(TEST)
+	$(BIN)/python tools/mutants.py $(ONLY)
+
+bench: $(TEST)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf _build book/ledger.md .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+
+distclean: clean
+	rm -rf $(VENV)
