@@ -244,30 +244,37 @@ def forget_page(out: Path, path: Path) -> None:
     )
 
 
+def up_to_date(
+    root: Path, path: Path, outside: str, *, afresh: bool = False
+) -> tuple[NotebookNode, float]:
+    """The executed chapter and its seconds; executed now where its fingerprint has changed."""
+    file = root / "_build" / "executed" / f"{path.stem}.ipynb"
+    key = chapter_key(read_chapter(path), outside)
+    if file.exists() and not afresh:
+        notebook = nbformat.read(file, as_version=4)
+        mark = notebook.metadata.pop("adv")
+        if mark["key"] == key:
+            print("unchanged", flush=True)
+            return notebook, mark["seconds"]
+    notebook, seconds = execute(path)
+    print(f"executed in {seconds:5.1f} s", flush=True)
+    notebook.metadata["adv"] = {"key": key, "seconds": round(seconds, 1)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, file)
+    notebook.metadata.pop("adv")
+    forget_page(root, path)
+    return notebook, seconds
+
+
 def build(root: Path) -> None:
     """``make book``: execute what changed, build the site, print times and the page to open."""
-    kept = root / "_build" / "executed"
-    kept.mkdir(parents=True, exist_ok=True)
     outside, notebooks, rows = fingerprint(root), {}, []
     pages = chapters(root)
     for number, path in enumerate(pages, 1):
-        key = chapter_key(read_chapter(path), outside)
-        file = kept / f"{path.stem}.ipynb"
         print(f"[{number}/{len(pages)}] {path.stem:<20}", end=" ", flush=True)
-        notebook = nbformat.read(file, as_version=4) if file.exists() else None
-        if notebook is None or notebook.metadata["adv"]["key"] != key:
-            notebook, seconds = execute(path)
-            notebook.metadata["adv"] = {"key": key, "seconds": round(seconds, 1)}
-            nbformat.write(notebook, file)
-            forget_page(root, path)
-            print(f"executed in {seconds:5.1f} s")
-        else:
-            print("unchanged")
-        rows.append((path.stem, notebook.metadata["adv"]["seconds"]))
-        notebooks[path] = notebook
+        notebooks[path], seconds = up_to_date(root, path, outside)
+        rows.append((path.stem, seconds))
     print("building the site ...", flush=True)
-    for notebook in notebooks.values():
-        notebook.metadata.pop("adv")
     html = publish(root, root, notebooks)
     print("\nchapter               seconds")
     for name, seconds in rows:
@@ -283,10 +290,11 @@ def notebooks(root: Path, names: list[str]) -> None:
     unknown = set(names) - {p.stem for p in pages}
     if unknown:
         sys.exit(f"no chapter named {', '.join(sorted(unknown))}")
-    for path in pages:
-        notebook, seconds = execute(path)
+    outside = fingerprint(root)
+    for number, path in enumerate(pages, 1):
+        print(f"[{number}/{len(pages)}] {path.stem:<20}", end=" ", flush=True)
+        notebook, _ = up_to_date(root, path, outside, afresh=True)
         store(root, path, notebook)
-        print(f"{path.stem:<20} {seconds:6.1f} s", flush=True)
 
 
 def site(root: Path, out: Path, config: Path | None = None) -> Path:
