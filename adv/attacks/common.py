@@ -1,0 +1,498 @@
+"""What every attack shares: margins, objectives, input gradients, checks, best-so-far.
+
+An attack is a function ``(model, x, y, *, ...) -> x_adv``. Axis 0 is the batch. Nothing here reads
+a flag back from the device inside a loop, or touches a parameter's ``.grad`` or the global random
+state.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+Bounds = tuple[float, float]
+Model = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Objective = Literal["ce", "margin"] | Loss
+Observe = Callable[[int, dict[str, Any]], None]
+
+TOLERANCE = 1e-6
+"""A margin counts as negative below ``-TOLERANCE`` times the sample's largest absolute logit."""
+
+
+class GradientMaskingWarning(UserWarning):
+    """The attack met zero gradients where it had not succeeded: its result is no evidence."""
+
+
+# --------------------------------------------------------------------------------------- margins
+
+
+def margin(logits: Float[Tensor, "B K"], y: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    r"""Margin $m_y = f_y - \max_{j\ne y} f_j$: positive where the prediction is ``y`` alone.
+
+    Args:
+        logits: (B, K) scores, K >= 2.
+        y: (B,) labels in 0..K-1.
+
+    Returns:
+        (B,) margins, in units of the logits.
+
+    Source: Balda et al. (2018), eq. (2); chapter ``first_example``.
+    """
+    others = logits.scatter(1, y[:, None], -math.inf)
+    return logits.gather(1, y[:, None]).squeeze(1) - others.amax(dim=1)
+
+
+def is_adversarial(
+    logits: Float[Tensor, "B K"],
+    y: Int[Tensor, " B"],
+    targeted: bool = False,
+    *,
+    tolerance: float = TOLERANCE,
+) -> Bool[Tensor, " B"]:
+    r"""Whether a point fools the model: its margin is below minus a small tolerance.
+
+    Untargeted: $m_y < -\tau\max_j|f_j|$. Targeted, at the target $t$: $m_t > \tau\max_j|f_j|$.
+    The tolerance $\tau$ is relative to each sample's logits, so that scaling them changes nothing
+    and rounding under another batch size does not turn a tie into a success.
+
+    Args:
+        logits: (B, K) scores at the perturbed points.
+        y: (B,) true labels, or the targets where ``targeted``.
+        targeted: whether ``y`` is the class wanted.
+        tolerance: $\tau$; an attack keeps the default, a later evaluation may ask for 0.
+
+    Returns:
+        (B,) booleans, on the device of ``logits``; False where logits are NaN.
+    """
+    threshold = tolerance * logits.abs().amax(dim=1)
+    m = margin(logits, y)
+    return m > threshold if targeted else m < -threshold
+
+
+# ------------------------------------------------------------------------------------ objectives
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, y, reduction="none")
+
+
+def _negative_margin(logits: Tensor, y: Tensor) -> Tensor:
+    return -margin(logits, y)
+
+
+def objective(loss: Objective, targeted: bool = False) -> Loss:
+    """What the attacker climbs: the loss at the true label, or minus the loss at the target.
+
+    Args:
+        loss: ``"ce"`` (cross-entropy), ``"margin"`` (minus the margin), or a function
+            ``(logits (B, K), y (B,)) -> (B,)`` that grows as the samples look less like ``y``.
+        targeted: whether ``y`` is the class wanted.
+
+    Returns:
+        A function ``(logits, y) -> (B,)`` to maximize.
+
+    Raises:
+        ValueError: a name that is neither ``"ce"`` nor ``"margin"``.
+        TypeError: neither a name nor a function.
+    """
+    if isinstance(loss, str):
+        named: dict[str, Loss] = {"ce": _cross_entropy, "margin": _negative_margin}
+        if loss not in named:
+            raise ValueError(f"loss is 'ce', 'margin' or a function (logits, y), not {loss!r}")
+        chosen = named[loss]
+    elif callable(loss):
+        chosen = loss
+    else:
+        raise TypeError(f"loss is 'ce', 'margin' or a function (logits, y), not {loss!r}")
+    return (lambda logits, y: -chosen(logits, y)) if targeted else chosen
+
+
+# ------------------------------------------------------------------------------------- gradients
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Record a graph whatever the caller switched off."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """A leaf of a new graph with the values of ``x`` (a copy where ``x`` cannot be recorded)."""
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def input_gradient(
+    objective: Callable[[Tensor], Tensor], x: Float[Tensor, "B ..."]
+) -> tuple[Float[Tensor, " B"], Float[Tensor, "B ..."]]:
+    """Values and input gradients of an objective whose samples do not interact.
+
+    Works under ``torch.no_grad()`` and ``torch.inference_mode()``. Leaves ``x``, the parameters and
+    their ``.grad`` as they were. Where no graph leads back to ``x`` (a detached layer) the gradient
+    is zero: see ``GradientWatch``.
+
+    Args:
+        objective: ``x (B, ...) -> (B,)``, value ``i`` depending on sample ``i`` only.
+        x: (B, ...) points.
+
+    Returns:
+        The values (B,) and the gradients (B, ...), both detached.
+
+    Raises:
+        ValueError: the objective did not return one value for each sample.
+    """
+    with _recording():
+        z = _leaf(x)
+        value = objective(z)
+        if value.shape != x.shape[:1]:
+            raise ValueError(
+                f"the objective must return shape ({len(x)},), one value for each sample, "
+                f"not {tuple(value.shape)}"
+            )
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+    return value.detach(), torch.zeros_like(x) if gradient is None else gradient
+
+
+def loss_gradient(
+    model: Model, x: Float[Tensor, "B ..."], y: Int[Tensor, " B"], loss: Loss
+) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B ..."]]:
+    """Logits and the input gradient of ``loss(model(x), y)``: one forward, one backward pass.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits.
+        x: (B, ...) points.
+        y: (B,) labels.
+        loss: ``(logits, y) -> (B,)``, as made by ``objective``.
+
+    Returns:
+        Logits (B, K) and gradients (B, ...), both detached.
+    """
+    seen: list[Tensor] = []
+
+    def value(z: Tensor) -> Tensor:
+        seen.append(model(z))
+        return loss(seen[0], y)
+
+    _, gradient = input_gradient(value, x)
+    return seen[0].detach(), gradient
+
+
+def class_gradients(
+    model: Model, x: Float[Tensor, "B ..."]
+) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K ..."]]:
+    """Logits and the Jacobian: all K class gradients of all samples in one vectorized pass.
+
+    The K vector-Jacobian products are batched; a model whose layers cannot be batched (some custom
+    backward functions) gets one backward pass for each class instead.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
+        x: (B, ...) points.
+
+    Returns:
+        Logits (B, K) and Jacobian (B, K, ...), both detached; zero where no graph leads back to x.
+    """
+    with _recording():
+        z = _leaf(x)
+        logits = model(z)
+        count, classes = logits.shape
+        if not logits.requires_grad:
+            return logits.detach(), x.new_zeros(count, classes, *x.shape[1:])
+        rows = torch.eye(classes, dtype=logits.dtype, device=logits.device)
+        rows = rows[:, None].expand(classes, count, classes)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*batching rule.*")
+                (jacobian,) = torch.autograd.grad(
+                    logits, z, rows, is_grads_batched=True, retain_graph=True, allow_unused=True
+                )
+        except RuntimeError:
+            grads = [torch.autograd.grad(logits, z, row, retain_graph=True)[0] for row in rows]
+            jacobian = torch.stack(grads)
+    if jacobian is None:
+        return logits.detach(), x.new_zeros(count, classes, *x.shape[1:])
+    return logits.detach(), jacobian.transpose(0, 1)
+
+
+class GradientWatch:
+    """Counts, on the device, the samples stuck on a zero gradient; warns once after the loop.
+
+    A gradient that is zero (or not finite) before the attack has succeeded tells nothing about the
+    model's robustness: saturated losses, rounding layers and dead units all produce it.
+
+    Args:
+        x: (B, ...) the inputs, for their number and device.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.stuck = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def see(self, gradient: Tensor, adversarial: Tensor) -> Tensor:
+        """Note the samples of a step; return the gradient with non-finite entries set to zero.
+
+        Args:
+            gradient: (B, ...) this step's gradients.
+            adversarial: (B,) the samples on which the attack has already succeeded.
+        """
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+        self.stuck |= (gradient == 0).flatten(1).all(dim=1) & ~adversarial
+        return gradient
+
+    def report(self, attack: str) -> None:
+        """Warn with a ``GradientMaskingWarning`` if any sample was ever stuck."""
+        stuck = int(self.stuck.sum())
+        if stuck:
+            warnings.warn(
+                f"{attack}: the input gradient vanished for {stuck} of {len(self.stuck)} samples "
+                "that were not adversarial; its failures are no evidence of robustness "
+                "(try loss='margin', float64, or adv.attacks.adaptive)",
+                GradientMaskingWarning,
+                stacklevel=3,
+            )
+
+
+# ---------------------------------------------------------------------------------- best so far
+
+
+class Best:
+    """The best point seen for each sample: the one with the smallest score.
+
+    Minimal-norm attacks score points by their distance and offer only adversarial ones;
+    norm-bounded attacks score them by the margin.
+
+    Args:
+        x: (B, ...) returned where nothing was ever accepted.
+    """
+
+    def __init__(self, x: Float[Tensor, "B ..."]) -> None:
+        self.x_adv = x.detach().clone()
+        self.distance = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
+
+    @property
+    def found(self) -> Bool[Tensor, " B"]:
+        """(B,) whether any point was accepted, on the device."""
+        return self.distance < math.inf
+
+    def update(self, x_adv: Tensor, distance: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Take the points that beat what is kept.
+
+        Args:
+            x_adv: (B, ...) points.
+            distance: (B,) their scores, smaller is better; NaN never wins.
+            allowed: (B,) booleans, the points that count (default all).
+
+        Returns:
+            (B,) booleans: the samples whose kept point changed.
+        """
+        better = distance < self.distance
+        if allowed is not None:
+            better = better & allowed
+        self.x_adv = torch.where(expand(better, x_adv), x_adv.detach(), self.x_adv)
+        self.distance = torch.where(better, distance.detach(), self.distance)
+        return better
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """Shape (B,) values as (B, 1, ..., 1), to broadcast against ``like`` (B, ...)."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def settled(flags: Bool[Tensor, " B"], step: int) -> bool:
+    """Whether all flags are set, asked only where the answer is cheap.
+
+    On the CPU at every step; elsewhere reading a flag stops the device, so every 50th step.
+
+    Args:
+        flags: (B,) booleans.
+        step: the loop's counter, from 0.
+    """
+    return (flags.device.type == "cpu" or step % 50 == 49) and bool(flags.all())
+
+
+# ------------------------------------------------------------------------ modes and random draws
+
+
+@contextmanager
+def eval_mode(model: Model) -> Iterator[None]:
+    """Run a block with the model in evaluation mode; give each submodule its own flag back.
+
+    Args:
+        model: a module; any other callable is left alone.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    flags = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+
+
+def generator(seed: int, *stream: int) -> torch.Generator:
+    """A random generator of the call's own, on the CPU: every device sees the same draws.
+
+    Args:
+        seed: the attack's seed, >= 0.
+        stream: further non-negative integers (the restart's index), each giving its own stream.
+
+    Raises:
+        TypeError: a seed that is no integer.
+        ValueError: a negative seed.
+    """
+    for value in (seed, *stream):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"seed is an integer >= 0, not {value!r}")
+        if value < 0:
+            raise ValueError(f"seed is an integer >= 0, not {value}")
+    state = np.random.SeedSequence((seed, *stream)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+# ----------------------------------------------------------------------------------------- checks
+
+
+def check_inputs(
+    model: Model,
+    x: Float[Tensor, "B ..."],
+    y: Int[Tensor, " B"],
+    *,
+    bounds: Bounds,
+    eps: float | None = None,
+    steps: int | None = None,
+    **counts: int,
+) -> None:
+    """Raise on input that no attack can make sense of.
+
+    The number of classes is read from one forward pass of the first sample.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits.
+        x: (B, ...) floating-point inputs inside ``bounds`` (rounding of 1e-6 allowed).
+        y: (B,) int64 labels in 0..K-1, on the device of ``x``.
+        bounds: smallest and largest value of an input.
+        eps: radius, >= 0 (not checked where None).
+        steps: number of steps, >= 1 (not checked where None).
+        counts: further numbers that must be >= 1, such as ``restarts=1``.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: wrong shapes, devices, labels or ranges, NaN, negative ``eps``, no steps.
+    """
+    if not callable(model):
+        raise TypeError(f"model is a function from inputs to logits, not {type(model).__name__}")
+    check_range(x, bounds)
+    check_labels(x, y)
+    if eps is not None:
+        check_eps(eps)
+    for name, value in {"steps": steps, **counts}.items():
+        if value is not None:
+            check_count(name, value)
+    _check_placement(model, x)
+    with torch.no_grad(), eval_mode(model):
+        logits = model(x[:1])
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits (B, K); for one sample it gave {given}")
+    if logits.shape[1] < 2:
+        raise ValueError("the model must return at least two classes; write f as (-f, f)")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model's logits are not finite on the first sample")
+    first, last = int(y.min()), int(y.max())
+    if first < 0 or last >= logits.shape[1]:
+        raise ValueError(f"labels lie in 0..{logits.shape[1] - 1}, but y spans {first}..{last}")
+
+
+def check_range(x: Float[Tensor, "B ..."], bounds: Bounds) -> None:
+    """Raise unless ``x`` is a floating-point batch inside ``bounds``, to 1e-6.
+
+    Raises:
+        TypeError: not a tensor of float32 or float64, or bounds that are not two numbers.
+        ValueError: no samples, no features, NaN, values outside the bounds, empty bounds.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x is a float32 or float64 tensor (B, ...), not {given}")
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"x has shape (B, ...) with samples and features, not {tuple(x.shape)}")
+    try:
+        low, high = (float(value) for value in bounds)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"bounds are two numbers (low, high), not {bounds!r}") from error
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"bounds are finite with low < high, not {bounds!r}")
+    smallest, largest = (float(value) for value in torch.aminmax(x))
+    if math.isnan(smallest) or math.isnan(largest):
+        raise ValueError("x contains NaN")
+    if smallest < low - 1e-6 or largest > high + 1e-6:
+        raise ValueError(
+            f"x spans [{smallest:.6g}, {largest:.6g}], outside the bounds [{low:g}, {high:g}]; "
+            "rescale x, or say bounds=..."
+        )
+
+
+def check_labels(x: Float[Tensor, "B ..."], y: Int[Tensor, " B"]) -> None:
+    """Raise unless ``y`` is one int64 label for each sample of ``x``, on its device.
+
+    Raises:
+        TypeError: not an int64 tensor.
+        ValueError: another shape or device.
+    """
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        given = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y is an int64 tensor (B,) of labels, not {given}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(
+            f"y has shape ({len(x)},), one label for each sample, not {tuple(y.shape)}"
+        )
+    if y.device != x.device:
+        raise ValueError(f"x is on {x.device} but y on {y.device}")
+
+
+def check_eps(eps: float) -> None:
+    """Raise unless ``eps`` is a finite number >= 0.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: negative, infinite or NaN.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, int | float | np.floating | np.integer):
+        raise TypeError(f"eps is a number >= 0, not {eps!r}")
+    if not math.isfinite(eps) or eps < 0:
+        raise ValueError(f"eps is a finite number >= 0, not {eps!r}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer >= 1.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: less than 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is an integer >= 1, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} is an integer >= 1, not {value}")
+
+
+def _check_placement(model: Model, x: Tensor) -> None:
+    """Raise where a module's parameters live on another device or have another dtype than ``x``."""
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if weight is not None and weight.device != x.device:
+        raise ValueError(f"x is on {x.device} but the model on {weight.device}")
+    if weight is not None and weight.is_floating_point() and weight.dtype != x.dtype:
+        raise ValueError(f"x is {x.dtype} but the model {weight.dtype}; convert one of them")

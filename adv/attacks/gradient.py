@@ -1,0 +1,333 @@
+"""Attacks inside a norm ball that follow the loss gradient, and the noise to compare them with.
+
+FGSM takes one step, PGD many with a projection after each; random noise takes none.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adv.attacks.common import (
+    Best,
+    Bounds,
+    GradientWatch,
+    Model,
+    Objective,
+    Observe,
+    check_inputs,
+    eval_mode,
+    expand,
+    generator,
+    is_adversarial,
+    loss_gradient,
+    margin,
+    objective,
+)
+from adv.geometry import Box, Norm, exponent, project, room, steepest
+from adv.geometry import norm as length
+
+__all__ = ["Noise", "fgsm", "noise", "pgd", "random_noise", "sparse_step"]
+
+Noise = Literal["ball", "sphere", "sign"]
+EXACT = (1.0, 2.0, math.inf)
+"""The exponents whose balls can be projected onto and sampled."""
+
+
+def fgsm(
+    model: Model,
+    x: Float[Tensor, "B ..."],
+    y: Int[Tensor, " B"],
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    loss: Objective = "ce",
+    targeted: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Float[Tensor, "B ..."]:
+    r"""Fast gradient (sign) method: one steepest step of length ``eps``, clipped to the bounds.
+
+    $x_{adv}=\operatorname{clip}(x+\varepsilon\,v_p(\nabla_x\ell))$, with $v_p$ the steepest unit
+    step; under linf $v_p=\operatorname{sign}$. Exact on affine models with two classes while the
+    bounds stay away (under linf, in any box).
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits.
+        x: (B, ...) inputs inside ``bounds``.
+        y: (B,) true labels, or targets where ``targeted``.
+        eps: radius of the ball, >= 0, in the units of ``x``.
+        norm: the ball: ``"linf"``, ``"l2"``, ``"l1"`` or any number $p\ge1$.
+        loss: what grows as samples stop looking like ``y``: ``"ce"``, ``"margin"`` or a function.
+        targeted: descend the loss of the targets instead.
+        bounds: smallest and largest value of an input.
+        seed: not used, since nothing is drawn; every attack takes one.
+        observe: called once with the step 0 and ``x_adv``, ``logits``, ``gradient``.
+
+    Returns:
+        (B, ...) perturbed inputs, at most ``eps`` away and inside ``bounds``.
+
+    Raises:
+        TypeError, ValueError: bad input, as ``check_inputs`` says.
+
+    Source: Goodfellow et al. (2015); Matyasko (2020), (2.16)-(2.17); chapter ``first_example``.
+    """
+    generator(seed)
+    check_inputs(model, x, y, bounds=bounds, eps=eps)
+    climb, watch = objective(loss, targeted), GradientWatch(x)
+    exponent(norm)
+    with eval_mode(model):
+        logits, gradient = loss_gradient(model, x, y, climb)
+    gradient = watch.see(gradient, is_adversarial(logits, y, targeted))
+    x_adv = (x.detach() + eps * steepest(gradient, norm)).clamp(*bounds)
+    if observe is not None:
+        observe(0, {"x_adv": x_adv, "logits": logits, "gradient": gradient})
+    watch.report("fgsm()")
+    return x_adv
+
+
+def pgd(
+    model: Model,
+    x: Float[Tensor, "B ..."],
+    y: Int[Tensor, " B"],
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    steps: int = 40,
+    step_size: float | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    momentum: float = 0.0,
+    sparsity: float = 0.99,
+    loss: Objective = "ce",
+    targeted: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Float[Tensor, "B ..."]:
+    r"""Projected gradient: steepest steps, each followed by the exact projection onto ball and box.
+
+    $x^{t+1}=\Pi_{B_p(x,\varepsilon)\cap box}\big(x^t+\alpha\,v_p(g^t)\big)$ with
+    $g^t=\mu g^{t-1}+\nabla\ell/\|\nabla\ell\|_1$. Under l1 the step spreads over the largest
+    entries of $g$ that have room to move. The worst point seen is returned: of all starts and
+    steps, the one with the smallest margin (targeted: the largest margin of the target).
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits.
+        x: (B, ...) inputs inside ``bounds``.
+        y: (B,) true labels, or targets where ``targeted``.
+        eps: radius of the ball, >= 0, in the units of ``x``.
+        norm: the ball: ``"linf"``, ``"l2"`` or ``"l1"``.
+        steps: gradient steps of each start.
+        step_size: $\alpha$ in the units of ``x``; by default ``2.5 * eps / steps``.
+        restarts: random starts. Start ``k`` draws from a stream of its own, so that ten restarts
+            visit what one restart visits, and more.
+        random_start: start at a uniform point of the ball; else at ``x`` (BIM).
+        momentum: $\mu\ge0$; 1 with ``step_size=eps / steps`` and no random start is MI-FGSM.
+        sparsity: l1 only: the share of entries that a step leaves alone, in [0, 1).
+        loss: what grows as samples stop looking like ``y``: ``"ce"``, ``"margin"`` or a function.
+        targeted: descend the loss of the targets instead.
+        bounds: smallest and largest value of an input.
+        seed: of the random starts.
+        observe: called at each step (counted through all starts) with ``x_adv``, ``logits``,
+            ``gradient`` at the point, and ``restart``.
+
+    Returns:
+        (B, ...) perturbed inputs, at most ``eps`` away and inside ``bounds``.
+
+    Raises:
+        TypeError, ValueError: bad input, as ``check_inputs`` says; another norm; several restarts
+            without a random start; a step size, momentum or sparsity out of range.
+
+    Source: Madry et al. (2018); Dong et al. (2018) for momentum; Tramer and Boneh (2019) for the l1
+    step; Matyasko (2020), section 2.4; chapter ``first_example``.
+    """
+    check_inputs(model, x, y, bounds=bounds, eps=eps, steps=steps, restarts=restarts)
+    alpha = 2.5 * eps / steps if step_size is None else step_size
+    _check_settings(norm, alpha, momentum, sparsity, restarts if not random_start else 1)
+    x = x.detach()
+    box, climb, best, watch = room(x, bounds), objective(loss, targeted), Best(x), GradientWatch(x)
+
+    def keep(x_adv: Tensor, logits: Tensor) -> None:
+        m = margin(logits, y)
+        best.update(x_adv, -m if targeted else m)
+
+    with eval_mode(model):
+        for restart in range(restarts):
+            delta, g = torch.zeros_like(x), torch.zeros_like(x)
+            draws = generator(seed, restart)
+            if random_start:
+                delta = project(noise(x, eps, norm, generator=draws), norm, eps, box=box)
+            for step in range(steps):
+                x_adv = (x + delta).clamp(*bounds)
+                logits, gradient = loss_gradient(model, x_adv, y, climb)
+                keep(x_adv, logits)
+                gradient = watch.see(gradient, is_adversarial(logits, y, targeted))
+                if observe is not None:
+                    state = {"x_adv": x_adv, "logits": logits, "gradient": gradient}
+                    observe(restart * steps + step, {**state, "restart": restart})
+                g = momentum * g + _unit_l1(gradient) if momentum else gradient
+                direction = _direction(g, delta, norm, box, sparsity)
+                delta = project(delta + alpha * direction, norm, eps, box=box)
+            x_adv = (x + delta).clamp(*bounds)
+            with torch.no_grad():
+                keep(x_adv, model(x_adv))
+    watch.report("pgd()")
+    return best.x_adv
+
+
+def random_noise(
+    model: Model,
+    x: Float[Tensor, "B ..."],
+    y: Int[Tensor, " B"],
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    draws: int = 1,
+    kind: Noise = "sphere",
+    targeted: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Float[Tensor, "B ..."]:
+    """The baseline that every attack must beat: the worst of some random perturbations.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits.
+        x: (B, ...) inputs inside ``bounds``.
+        y: (B,) true labels, or targets where ``targeted``.
+        eps: radius, >= 0, in the units of ``x``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``; with ``kind="sign"`` any number p >= 1.
+        draws: perturbations tried for each sample; draw ``k`` has a stream of its own.
+        kind: law of the noise, as in ``noise``; then clipped to the bounds.
+        targeted: keep the draw with the largest margin of the target.
+        bounds: smallest and largest value of an input.
+        seed: of the draws.
+        observe: called at each draw with ``x_adv`` and ``logits``.
+
+    Returns:
+        (B, ...) the draw with the smallest margin, inside ``bounds``.
+
+    Raises:
+        TypeError, ValueError: bad input, as ``check_inputs`` says; an unknown norm or kind.
+
+    Source: chapter ``first_example``.
+    """
+    check_inputs(model, x, y, bounds=bounds, eps=eps, draws=draws)
+    x, best = x.detach(), Best(x)
+    with torch.no_grad(), eval_mode(model):
+        for draw in range(draws):
+            delta = noise(x, eps, norm, kind, generator=generator(seed, draw))
+            x_adv = (x + delta).clamp(*bounds)
+            logits = model(x_adv)
+            m = margin(logits, y)
+            best.update(x_adv, -m if targeted else m)
+            if observe is not None:
+                observe(draw, {"x_adv": x_adv, "logits": logits})
+    return best.x_adv
+
+
+def noise(
+    x: Float[Tensor, "B ..."],
+    eps: float,
+    norm: Norm = "linf",
+    kind: Noise = "ball",
+    *,
+    generator: torch.Generator,
+) -> Float[Tensor, "B ..."]:
+    r"""Random perturbations shaped like ``x``, drawn on the CPU and moved to its device.
+
+    Args:
+        x: (B, ...) only its shape, dtype and device matter.
+        eps: radius in the units of ``x``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``; with ``kind="sign"`` any number p >= 1.
+        kind: ``"ball"``: uniform in the ball; ``"sphere"``: those scaled to length ``eps`` (under
+            linf, one entry at least then reaches it); ``"sign"``: independent signs, all entries
+            equally large, scaled to length ``eps``.
+        generator: of the CPU, as ``common.generator`` makes it.
+
+    Returns:
+        (B, ...) with $\|\delta\|_p\le\varepsilon$, and equality unless ``kind="ball"``.
+
+    Raises:
+        ValueError: an unknown kind, or a norm whose ball is not sampled.
+    """
+    p, d = exponent(norm), x[0].numel()
+    if kind not in ("ball", "sphere", "sign"):
+        raise ValueError(f"kind is 'ball', 'sphere' or 'sign', not {kind!r}")
+    if kind != "sign" and p not in EXACT:
+        raise ValueError(f"noise is drawn in 'linf', 'l2' and 'l1' balls, not {norm!r}")
+    shape: Any = {"size": x.shape, "dtype": x.dtype, "generator": generator}
+    if kind == "sign":
+        z = (torch.rand(**shape) < 0.5).to(x.dtype) * 2 - 1
+    elif p == math.inf:
+        z = torch.rand(**shape) * 2 - 1
+    elif p == 2:
+        z = torch.randn(**shape)
+    else:  # Laplace: a sign and an exponential, from one uniform number
+        u = torch.rand(**shape) * 2 - 1
+        z = -u.sign() * torch.log1p(-u.abs())
+    if kind == "ball" and p == math.inf:
+        return eps * z.to(x.device)
+    radius = torch.ones(len(x), dtype=x.dtype)
+    if kind == "ball":
+        radius = torch.rand(len(x), dtype=x.dtype, generator=generator) ** (1 / d)
+    return eps * (z * expand(radius / length(z, norm), z)).to(x.device)
+
+
+def sparse_step(
+    g: Float[Tensor, "B ..."], delta: Float[Tensor, "B ..."], box: Box, *, sparsity: float = 0.99
+) -> Float[Tensor, "B ..."]:
+    r"""l1 step: equal moves on the largest $|g_i|$ among the entries that have room in the box.
+
+    The steepest l1 step moves one entry; spread over the top $1-$``sparsity`` of them (at least
+    one) it needs fewer steps. Entries already at the face that $g$ points to are passed over.
+
+    Args:
+        g: (B, ...) direction to climb.
+        delta: (B, ...) perturbation at which to step.
+        box: its limits, as ``geometry.room`` makes them.
+        sparsity: share of entries left alone, in [0, 1).
+
+    Returns:
+        (B, ...) steps of l1 norm 1; zero where $g$ is zero wherever there is room.
+
+    Source: Tramer and Boneh (2019), SLIDE; chapter ``first_example``.
+    """
+    movable = torch.where(g > 0, delta < box[1], delta > box[0])
+    size = torch.where(movable, g.abs(), 0.0).flatten(1)
+    count = max(1, math.ceil(size.shape[1] * (1 - sparsity) - 1e-9))
+    top = size.topk(count, dim=1)
+    signs = g.flatten(1).sign().gather(1, top.indices) * (top.values > 0)
+    e = torch.zeros_like(size).scatter(1, top.indices, signs)
+    return (e / e.abs().sum(dim=1, keepdim=True).clamp_min(1)).view_as(g)
+
+
+def _direction(g: Tensor, delta: Tensor, norm: Norm, box: Box, sparsity: float) -> Tensor:
+    if exponent(norm) == 1:
+        return sparse_step(g, delta, box, sparsity=sparsity)
+    return steepest(g, norm)
+
+
+def _unit_l1(g: Tensor) -> Tensor:
+    """The gradient over its l1 norm (zero stays zero): momentum compares directions only."""
+    size = length(g, "l1")
+    return g / expand(torch.where(size > 0, size, 1.0), g)
+
+
+def _check_settings(
+    norm: Norm, alpha: float, momentum: float, sparsity: float, restarts: int
+) -> None:
+    if exponent(norm) not in EXACT:
+        raise ValueError(f"pgd() projects onto 'linf', 'l2' and 'l1' balls, not {norm!r}")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"step_size is a finite number >= 0, not {alpha!r}")
+    if not (math.isfinite(momentum) and momentum >= 0):
+        raise ValueError(f"momentum is a finite number >= 0, not {momentum!r}")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity lies in [0, 1), not {sparsity!r}")
+    if restarts > 1:
+        raise ValueError("restarts > 1 without a random start would repeat one path")
