@@ -204,7 +204,7 @@ def project(
 def project_linf(
     delta: Float[Tensor, "B ..."], eps: float | Float[Tensor, " B"], *, box: Box | None = None
 ) -> Float[Tensor, "B ..."]:
-    r"""Nearest point for linf: clip each value to $[\max(lo,-\varepsilon),\min(hi,\varepsilon)]$."""
+    r"""Nearest point for linf: clip to $[\max(lo,-\varepsilon),\min(hi,\varepsilon)]$."""
     u, radius = _flat(delta), _column(eps, delta, "eps")
     return _like(_clip(u.clamp(-radius, radius), _flat_box(box, delta)), delta)
 
