@@ -192,3 +192,10 @@ def test_constraints_pin_every_requirement_once():
     text = (ROOT / "pyproject.toml").read_text()
     wanted = set(re.findall(r'^    "([\w-]+)[><=]', text, flags=re.M))
     assert wanted <= set(names), wanted - set(names)
+
+
+def test_the_api_page_lists_every_module():
+    named = set(re.findall(r"automodule:: (adv[\w.]*)", (ROOT / "book/api.md").read_text()))
+    files = [p for p in (ROOT / "adv").rglob("*.py") if p.stem not in ("__init__", "__main__")]
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files}
+    assert modules <= named

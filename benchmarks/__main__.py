@@ -1,0 +1,105 @@
+"""Speed, measured side by side: ``make bench``.
+
+Each row times two ways to do the same thing in one run and prints their ratio, because times alone
+wander with the machine. Nothing here is asserted: tests of speed are not tests of truth.
+"""
+
+import platform
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from adv import geometry
+from adv.attacks import boundary, gradient
+from adv.attacks.common import class_gradients
+from adv.lab import data, device, models, zoo
+
+Work = Callable[[], object]
+Row = tuple[str, str, Work, str, Work]
+
+
+def median(work: Work) -> float:
+    """Median seconds of a call, over about one second of calls."""
+    return float(Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=1).median)
+
+
+def one_class_at_a_time(model: nn.Module, x: Tensor) -> Tensor:
+    """The Jacobian by one backward pass for each class."""
+    z = x.clone().requires_grad_()
+    logits = model(z)
+    rows = [torch.autograd.grad(c.sum(), z, retain_graph=True)[0] for c in logits.unbind(1)]
+    return torch.stack(rows, dim=1)
+
+
+def by_bisection(u: Tensor, eps: float, box: geometry.Box, rounds: int = 60) -> Tensor:
+    """The l1 projection inside a box by bisection on its multiplier."""
+    low, high = torch.zeros(len(u), 1, device=u.device), u.abs().amax(dim=1, keepdim=True)
+    for _ in range(rounds):
+        mu = (low + high) / 2
+        z = (u.sign() * (u.abs() - mu).clamp_min(0)).clamp(*box)
+        long = z.abs().sum(dim=1, keepdim=True) > eps
+        low, high = torch.where(long, mu, low), torch.where(long, high, mu)
+    return z
+
+
+def rows(place: torch.device) -> Iterator[Row]:
+    """The comparisons: what, one way, its work, another way, its work."""
+    torch.manual_seed(0)
+    for d in (64, 784, 3072):
+        x, u = torch.rand(256, d, device=place), torch.randn(256, d, device=place)
+        box = geometry.room(x)
+        yield (
+            f"l1 ball and box, 256 x {d}",
+            "exact",
+            lambda u=u, box=box: geometry.project(u, "l1", 2.0, box=box),
+            "60 bisections",
+            lambda u=u, box=box: by_bisection(u, 2.0, box),
+        )
+    nets = {
+        "digits/cnn, 200 digits": (zoo.load("digits/cnn", device=place), (200, 1, 8, 8)),
+        "MLP 784-1000-1000-1000-10, 100": (
+            models.build("mlp", sizes=(784, 1000, 1000, 1000, 10), seed=0).eval().to(place),
+            (100, 1, 28, 28),
+        ),
+    }
+    for name, (net, shape) in nets.items():
+        z = torch.rand(shape, device=place)
+        yield (
+            f"Jacobian, {name}",
+            "batched",
+            lambda net=net, z=z: class_gradients(net, z),
+            "a loop over classes",
+            lambda net=net, z=z: one_class_at_a_time(net, z),
+        )
+    net, digits = zoo.load("digits/cnn", device=place), data.load("digits").test
+    x, y = digits.x[:200].to(place), digits.y[:200].to(place)
+    yield (
+        "200 digits, linf, eps 0.1",
+        "FGSM",
+        lambda: gradient.fgsm(net, x, y, eps=0.1),
+        "PGD of 10 steps",
+        lambda: gradient.pgd(net, x, y, eps=0.1, steps=10),
+    )
+    yield (
+        "200 digits, l2",
+        "DeepFool",
+        lambda: boundary.deepfool(net, x, y, steps=50),
+        "PGD of 50 steps",
+        lambda: gradient.pgd(net, x, y, norm="l2", eps=0.5, steps=50),
+    )
+
+
+def main() -> None:
+    """Print one line for each comparison."""
+    place = device()
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {place}, {threads} threads, {platform.machine()}")
+    for what, one, first, other, second in rows(place):
+        a, b = median(first), median(second)
+        print(f"{what:<42} {one} {a * 1e3:8.2f} ms, {other} {b * 1e3:8.2f} ms: x{b / a:.2f}")
+
+
+if __name__ == "__main__":
+    main()
