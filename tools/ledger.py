@@ -288,7 +288,7 @@ def table_lines(
     lines = [
         "## The papers' tables and ours",
         "",
-        "Counted are the cells with a number in print; a cell that the source leaves empty, or that",
+        "Counted are the cells with a number in print. One that the source leaves empty, or that",
         "the text version has lost, is counted as lost.",
         "",
     ]
@@ -299,9 +299,9 @@ def table_lines(
             where = [chapter.link for chapter in chapters if key in chapter.tables]
             ours = set(results.get(key, ()))
             ours.update(*(chapter.tables.get(key, ()) for chapter in chapters))
-            place = f"shown in {', '.join(where)}" if where else "*not shown*"
+            place = f"Shown in {', '.join(where)}" if where else "*Not shown*"
             items.append(
-                f"- **{table['id']}** {escape(table['caption'])}: {place}; {tally(table, ours)}."
+                f"- **{table['id']}**, {escape(table['caption'])}. {place}; {tally(table, ours)}."
             )
         lines += dropdown(
             f"{name}: {number(len(items), 'table')}", [about(paper["source"]), "", *items]
