@@ -44,9 +44,9 @@ def deepfool(
     With $w_j=\nabla f_j-\nabla f_y$ and $F_j=f_j-f_y$, the boundary with class $j$ is the
     hyperplane $F_j+w_j^\top r=0$, at distance $|F_j|/\|w_j\|_q$; the nearest one is stepped onto,
     $r=\frac{|F_j|}{\|w_j\|_q^q}\operatorname{sign}(w_j)\odot|w_j|^{q-1}$. Distances and steps
-    respect the bounds (``hyperplane_step``). The search of a sample ends at the first adversarial point
-    among the iterates $x+r$ and the points $x+(1+\eta)r$. On an affine model the first step finds
-    the exact minimum.
+    respect the bounds (``hyperplane_step``). The search of a sample ends at the first adversarial
+    point among the iterates $x+r$ and the points $x+(1+\eta)r$. On an affine model the first step
+    finds the exact minimum.
 
     Toward a target $t$ the same is done with the halfspaces $f_t>f_j$, stepping onto the farthest
     of those that are violated; this finds the target's region but not its nearest point.

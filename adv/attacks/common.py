@@ -359,7 +359,7 @@ def generator(seed: int, *stream: int) -> torch.Generator:
             raise TypeError(f"seed is an integer >= 0, not {value!r}")
         if value < 0:
             raise ValueError(f"seed is an integer >= 0, not {value}")
-    state = np.random.SeedSequence((seed, *stream)).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
