@@ -1,0 +1,528 @@
+"""Measures an attack from outside: accuracy under attack, distances, cost.
+
+All shares are fractions of 1. Samples are attacked in chunks, each with the attack's ``seed`` plus
+the index of the chunk's first sample among those attacked. A deterministic attack gives the same
+for every chunk size. One that draws at random gives other draws of the same law, which is why the
+default ``chunk`` is a fixed number and not the memory at hand.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adv.attacks.common import Bounds, Model, is_adversarial
+from adv.geometry import Norm, exponent, pixels
+from adv.geometry import norm as length
+from adv.lab.figures import curve
+
+__all__ = [
+    "Counts",
+    "accuracy",
+    "counting",
+    "distances",
+    "fooling_ratio",
+    "minimal_norms",
+    "perturb",
+    "report",
+    "rho_adv",
+    "robust_accuracy",
+    "success",
+]
+
+Attack = Callable[..., Tensor]
+
+CHUNK = 500
+
+
+# ------------------------------------------------------------------------------------- at points
+
+
+def accuracy(
+    model: Model, x: Float[Tensor, "N ..."], y: Int[Tensor, " N"], *, chunk: int = CHUNK
+) -> float:
+    """Share of samples that the model assigns to their label, and to no other.
+
+    A tie counts as an error, so that a constant model has accuracy 0; the tolerance within which
+    logits tie is that of ``attacks.common.is_adversarial``.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits, in evaluation mode.
+        x: (N, ...) inputs.
+        y: (N,) labels.
+        chunk: samples in one forward pass.
+
+    Returns:
+        A fraction of 1.
+
+    Raises:
+        ValueError: a model in training mode, no samples, or not one label for each.
+    """
+    return _share(success(model, x, y, targeted=True, chunk=chunk))
+
+
+def success(
+    model: Model,
+    x_adv: Float[Tensor, "N ..."],
+    y: Int[Tensor, " N"],
+    *,
+    targeted: bool = False,
+    chunk: int = CHUNK,
+) -> Bool[Tensor, " N"]:
+    """Which points fool the model: ``attacks.common.is_adversarial`` in chunks.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits, in evaluation mode.
+        x_adv: (N, ...) points.
+        y: (N,) true labels, or the targets where ``targeted``.
+        targeted: whether ``y`` is the class wanted.
+        chunk: samples in one forward pass.
+
+    Returns:
+        (N,) booleans on the device of ``x_adv``.
+
+    Raises:
+        ValueError: a model in training mode, no samples, or not one label for each.
+    """
+    _check(model, x_adv, y, chunk)
+    with torch.no_grad():
+        parts = [
+            is_adversarial(model(x_adv[part]), y[part], targeted)
+            for part in _chunks(len(x_adv), chunk)
+        ]
+    return torch.cat(parts)
+
+
+def distances(
+    x: Float[Tensor, "N ..."], x_adv: Float[Tensor, "N ..."]
+) -> dict[str, Float[Tensor, " N"]]:
+    """Distances of each pair of points, in every norm.
+
+    Args:
+        x: (N, ...) inputs.
+        x_adv: (N, ...) perturbed inputs.
+
+    Returns:
+        (N,) tensors in the units of ``x``: ``"linf"``, ``"l2"``, ``"l1"``; and the numbers of
+        values (``"l0"``) and of pixels (``"pixels"``, any channel of (N, C, H, W)) that differ.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if x.shape != x_adv.shape:
+        raise ValueError(f"x and x_adv differ in shape: {tuple(x.shape)}, {tuple(x_adv.shape)}")
+    delta = x_adv - x
+    named: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
+    return {str(kind): length(delta, kind) for kind in named} | {"pixels": pixels(delta)}
+
+
+def rho_adv(x: Float[Tensor, "N ..."], norms: Float[Tensor, " N"], *, norm: Norm = "l2") -> float:
+    r"""Mean relative size of the minimal perturbations: $\rho=\mathrm{mean}\,\|r\|_p/\|x\|_p$.
+
+    The mean is over the samples with $0<\|r\|_p<\infty$: classified correctly, and fooled. Where an
+    attack fails on many, read it beside its success.
+
+    Args:
+        x: (N, ...) inputs.
+        norms: (N,) what ``minimal_norms`` returned for them in the same norm.
+        norm: the norm.
+
+    Returns:
+        The mean, dimensionless; NaN where no sample counts.
+
+    Source: Matyasko (2020), (3.20); Balda et al. (2018), $\hat\rho_1$; chapter ``margin``.
+    """
+    counted = (norms > 0) & (norms < math.inf)
+    return float((norms[counted] / _length(x[counted], norm)).mean())
+
+
+# ---------------------------------------------------------------------------------- under attack
+
+
+def perturb(
+    model: Model,
+    x: Float[Tensor, "N ..."],
+    y: Int[Tensor, " N"],
+    attack: Attack,
+    *,
+    eps: float | None = None,
+    norm: Norm | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+    chunk: int = CHUNK,
+    **settings: Any,
+) -> Float[Tensor, "N ..."]:
+    """Run an attack in chunks and check that it kept to the rules.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits, in evaluation mode.
+        x: (N, ...) inputs inside ``bounds``.
+        y: (N,) true labels, or the targets of a targeted attack.
+        attack: ``(model, x, y, *, ...) -> x_adv``.
+        eps: radius; None for a minimal-norm attack.
+        norm: norm of the radius (l0 counts pixels); by default the attack's own.
+        bounds: smallest and largest value of an input.
+        seed: of the first chunk; a later one gets ``seed`` plus its first sample's index.
+        chunk: samples attacked at once.
+        settings: passed on to the attack.
+
+    Returns:
+        (N, ...) perturbed inputs.
+
+    Raises:
+        ValueError: bad input; or the attack returned another shape, NaN, a point outside the bounds
+            or farther away than ``eps`` (by more than rounding).
+    """
+    _check(model, x, y, chunk)
+    norm = _norm_of(attack, norm)
+    accepted = {"eps": eps, "norm": norm, "bounds": bounds}
+    if eps is None:
+        del accepted["eps"]
+    if not _takes(attack, "norm"):
+        del accepted["norm"]
+    parts = []
+    for part in _chunks(len(x), chunk):
+        options = accepted | settings | {"seed": seed + part.start}
+        x_adv = attack(model, x[part], y[part], **options)
+        _check_points(x[part], x_adv, eps, norm, bounds)
+        parts.append(x_adv)
+    return torch.cat(parts)
+
+
+@overload
+def robust_accuracy(
+    model: Model, x: Tensor, y: Tensor, attack: Attack, eps: float, **options: Any
+) -> float: ...
+@overload
+def robust_accuracy(
+    model: Model, x: Tensor, y: Tensor, attack: Attack, eps: Sequence[float], **options: Any
+) -> list[float]: ...
+def robust_accuracy(
+    model: Model,
+    x: Float[Tensor, "N ..."],
+    y: Int[Tensor, " N"],
+    attack: Attack,
+    eps: float | Sequence[float],
+    **options: Any,
+) -> float | list[float]:
+    """Share of samples still classified correctly under attack, for each radius.
+
+    The worst over the grid: a sample fooled at one radius counts as fooled at every larger one of
+    the grid, and is not attacked again, so that the curve never rises. At ``eps=0`` this is the
+    clean accuracy. A minimal-norm attack (one without ``eps``) runs once; a sample counts as fooled
+    from its distance on.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits, in evaluation mode.
+        x: (N, ...) inputs inside the bounds.
+        y: (N,) true labels.
+        attack: ``(model, x, y, *, ...) -> x_adv``.
+        eps: a radius, or a grid of radii in any order, in the units of ``x``.
+        options: ``norm``, ``bounds``, ``seed``, ``chunk`` and the attack's settings, as ``perturb``
+            takes them.
+
+    Returns:
+        A fraction of 1, or a list of them in the order of ``eps``.
+
+    Raises:
+        ValueError: bad input, a negative radius, or an attack that cheats, as ``perturb`` says.
+    """
+    grid = _grid(eps)
+    fooled = _fooled(model, x, y, attack, grid, **options)
+    shares = [1 - _share(row) for row in fooled]
+    return shares if isinstance(eps, Sequence | np.ndarray | Tensor) else shares[0]
+
+
+def fooling_ratio(
+    model: Model,
+    x: Float[Tensor, "N ..."],
+    y: Int[Tensor, " N"],
+    attack: Attack,
+    eps: float | Sequence[float],
+    **options: Any,
+) -> float | list[float]:
+    """Share of the correctly classified samples that an attack gets misclassified.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits, in evaluation mode.
+        x: (N, ...) inputs inside the bounds.
+        y: (N,) true labels.
+        attack: ``(model, x, y, *, ...) -> x_adv``.
+        eps: a radius or a grid of radii, treated as in ``robust_accuracy``.
+        options: as in ``robust_accuracy``.
+
+    Returns:
+        A fraction of 1, or a list of them in the order of ``eps``; NaN where no sample is
+        classified correctly.
+
+    Raises:
+        ValueError: as in ``robust_accuracy``.
+
+    Source: Balda et al. (2018), section 5; chapter ``convex``.
+    """
+    clean, *robust = robust_accuracy(model, x, y, attack, [0.0, *_grid(eps)], **options)
+    ratios = [1 - share / clean if clean else math.nan for share in robust]
+    return ratios if isinstance(eps, Sequence | np.ndarray | Tensor) else ratios[0]
+
+
+def minimal_norms(
+    model: Model,
+    x: Float[Tensor, "N ..."],
+    y: Int[Tensor, " N"],
+    attack: Attack,
+    **options: Any,
+) -> Float[Tensor, " N"]:
+    """Distance to the adversarial point that a minimal-norm attack finds for each sample.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits, in evaluation mode.
+        x: (N, ...) inputs inside the bounds.
+        y: (N,) true labels.
+        attack: ``(model, x, y, *, ...) -> x_adv``; it gets the correctly classified samples only.
+        options: ``norm``, ``bounds``, ``seed``, ``chunk`` and the attack's settings, as ``perturb``
+            takes them.
+
+    Returns:
+        (N,) distances in the units of ``x`` (pixels under l0): 0 where the sample is misclassified
+        as it is, infinity where the attack found nothing.
+
+    Raises:
+        ValueError: bad input, or an attack that cheats, as ``perturb`` says.
+    """
+    chunk = options.get("chunk", CHUNK)
+    correct = success(model, x, y, targeted=True, chunk=chunk)
+    norms = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    if correct.any():
+        x_adv = perturb(model, x[correct], y[correct], attack, **options)
+        found = success(model, x_adv, y[correct], chunk=chunk)
+        distance = _length(x_adv - x[correct], _norm_of(attack, options.get("norm")))
+        norms[correct] = torch.where(found, distance.to(x.dtype), math.inf)
+    return norms
+
+
+def report(
+    models: Mapping[str, Model],
+    x: Float[Tensor, "N ..."],
+    y: Int[Tensor, " N"],
+    attacks: Mapping[str, Attack],
+    eps: Sequence[float],
+    *,
+    norm: Norm,
+    **options: Any,
+) -> tuple[pd.DataFrame, Figure]:
+    """Robust accuracy of every model under every attack, as a table and a figure.
+
+    Args:
+        models: label and model, each in evaluation mode.
+        x: (N, ...) inputs inside the bounds.
+        y: (N,) true labels.
+        attacks: label and attack, norm-bounded or minimal-norm; settings of one attack are bound
+            with ``functools.partial``.
+        eps: grid of radii; 0, the clean accuracy, is added.
+        norm: the norm of all attacks.
+        options: ``bounds``, ``seed``, ``chunk``, as ``perturb`` takes them.
+
+    Returns:
+        The table in percent: rows (model, attack), and where there are several attacks ``all``:
+        a sample counts as fooled if any of them fools it; columns the radii. The figure: one panel
+        for each model.
+
+    Raises:
+        ValueError: no models, no attacks, or as in ``robust_accuracy``.
+    """
+    if not models or not attacks:
+        raise ValueError("report() needs at least one model and one attack")
+    grid = sorted({0.0, *_grid(eps)})
+    rows: dict[tuple[str, str], list[float]] = {}
+    for name, model in models.items():
+        fooled = {
+            label: _fooled(model, x, y, attack, grid, norm=norm, **options)
+            for label, attack in attacks.items()
+        }
+        if len(fooled) > 1:
+            fooled["all"] = torch.stack(list(fooled.values())).any(dim=0)
+        for label, each in fooled.items():
+            rows[name, label] = [1 - _share(row) for row in each]
+    table = 100 * pd.DataFrame.from_dict(rows, orient="index", columns=grid)
+    table.index = pd.MultiIndex.from_tuples(rows, names=["model", "attack"])
+    table.columns.name = f"eps ({norm})"
+    table.attrs = {"unit": "percent", "samples": len(x)}
+    return table, _panels(rows, list(models), grid, norm)
+
+
+# ------------------------------------------------------------------------------------------- cost
+
+
+@dataclass
+class Counts:
+    """Passes of single samples through a model: a batch of B counts B times."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[Counts]:
+    """Count the samples that pass through a model, forward and backward, inside a block.
+
+    Everything that goes through the model counts, also the forward pass of one sample by which an
+    attack checks its input. A backward pass counts where it reaches the model's output, each of the
+    gradients taken at once (``is_grads_batched``, ``torch.func``) by itself. Blocks may be nested.
+
+    Args:
+        model: the module whose own calls are counted (not those of its parts).
+
+    Yields:
+        The running counts.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"counting() needs a torch module, not {type(model).__name__}")
+    counts = Counts()
+
+    def backward(gradient: Tensor) -> None:
+        with _Physical() as physical:
+            gradient.view(gradient.shape)
+        counts.backward += len(gradient) * physical.size // max(1, gradient.numel())
+
+    def forward(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counts.forward += len(output)
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    handle = model.register_forward_hook(forward)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+class _Physical(TorchDispatchMode):
+    """Sees tensors with the axes that vmap hides."""
+
+    size = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.size = max(self.size, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+# ---------------------------------------------------------------------------------------- helpers
+
+
+def _fooled(
+    model: Model, x: Tensor, y: Tensor, attack: Attack, grid: Sequence[float], **options: Any
+) -> Bool[Tensor, "E N"]:
+    """For each radius in the order of the grid, the samples fooled there or at a smaller one."""
+    if not _takes(attack, "eps"):
+        norms = minimal_norms(model, x, y, attack, **options)
+        return torch.stack([norms <= eps * (1 + 1e-6) for eps in grid])
+    chunk = options.get("chunk", CHUNK)
+    fooled = ~success(model, x, y, targeted=True, chunk=chunk)
+    at = {0.0: fooled}
+    for eps in sorted(set(grid) - {0.0}):
+        standing = ~fooled
+        if standing.any():
+            x_adv = perturb(model, x[standing], y[standing], attack, eps=eps, **options)
+            fooled = fooled.clone()
+            fooled[standing] = success(model, x_adv, y[standing], chunk=chunk)
+        at[eps] = fooled
+    return torch.stack([at[eps] for eps in grid])
+
+
+def _grid(eps: Any) -> list[float]:
+    grid = [float(e) for e in (eps if isinstance(eps, Sequence | np.ndarray | Tensor) else [eps])]
+    if not grid or not all(0 <= e < math.inf for e in grid):
+        raise ValueError(f"eps is a finite number >= 0 or a grid of them, not {eps!r}")
+    return grid
+
+
+def _chunks(count: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+
+
+def _share(flags: Tensor) -> float:
+    return int(flags.sum()) / len(flags)
+
+
+def _length(delta: Tensor, norm: Norm) -> Tensor:
+    """In double precision, since single loses digits of a sum over many entries; l0: pixels."""
+    return pixels(delta) if norm == "l0" else length(delta.double(), norm)
+
+
+def _takes(attack: Attack, name: str) -> bool:
+    parameters = inspect.signature(attack).parameters.values()
+    return any(p.name == name or p.kind == p.VAR_KEYWORD for p in parameters)
+
+
+def _norm_of(attack: Attack, given: Norm | None) -> Norm:
+    if given is not None:
+        return given
+    parameter = inspect.signature(attack).parameters.get("norm")
+    if parameter is None or parameter.default is parameter.empty:
+        raise ValueError("say norm=...: the attack has none of its own")
+    return parameter.default
+
+
+def _check(model: Model, x: Tensor, y: Tensor, chunk: int) -> None:
+    if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
+        raise ValueError("the model is in training mode; call model.eval() before measuring it")
+    if not len(x) or len(x) != len(y):
+        raise ValueError(f"need as many labels as samples, and one at least: {len(x)}, {len(y)}")
+    if chunk < 1:
+        raise ValueError(f"chunk is the number of samples at once, at least 1, not {chunk}")
+
+
+def _check_points(x: Tensor, x_adv: Tensor, eps: float | None, norm: Norm, bounds: Bounds) -> None:
+    if x_adv.shape != x.shape or x_adv.dtype != x.dtype or x_adv.device != x.device:
+        raise ValueError(
+            f"the attack returned {tuple(x_adv.shape)} {x_adv.dtype} on {x_adv.device} "
+            f"for {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
+    low, high = x_adv.min().item(), x_adv.max().item()
+    if not (low >= bounds[0] - 1e-6 and high <= bounds[1] + 1e-6):
+        raise ValueError(f"the attack left the bounds {bounds}: values from {low:g} to {high:g}")
+    if eps is None:
+        return
+    farthest = _length(x_adv - x, norm).max().item()
+    p = 0.0 if norm == "l0" else exponent(norm)
+    # x + delta is rounded entry by entry, by which the norm of the difference can grow.
+    entries = x[0].numel() ** (1 / p) if p else 0.0
+    if farthest > eps * (1 + 1e-5) + 1e-6 + torch.finfo(x.dtype).eps * entries:
+        raise ValueError(f"the attack left the {norm} ball: distance {farthest:g}, eps {eps:g}")
+
+
+def _panels(
+    rows: Mapping[tuple[str, str], Sequence[float]],
+    models: list[str],
+    grid: list[float],
+    norm: Norm,
+) -> Figure:
+    import matplotlib.pyplot as plt
+
+    columns = min(2, len(models))
+    lines = math.ceil(len(models) / columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(7, 3.0 * lines), sharex=True, sharey=True, squeeze=False
+    )
+    for ax, name in zip(axes.flat, models, strict=False):
+        curves = {label: values for (model, label), values in rows.items() if model == name}
+        curve(grid, curves, xlabel=rf"$\varepsilon$ ({norm})", ax=ax)
+        ax.set_title(name)
+    for ax in axes.flat[len(models) :]:
+        ax.set_visible(False)
+    return figure

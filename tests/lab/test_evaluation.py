@@ -1,0 +1,287 @@
+"""Evaluation against linear models, on which every minimal perturbation has a closed form."""
+
+import math
+from functools import partial
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from adv.attacks.boundary import deepfool
+from adv.attacks.gradient import fgsm, pgd
+from adv.lab import evaluation as ev
+
+mpl.use("agg")
+D, N = 12, 40
+
+
+def linear_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(D, 2)).double().eval()
+
+
+@pytest.fixture
+def problem():
+    """A linear model, inputs far from the limits, and the exact margin of each."""
+    model = linear_model()
+    x = 0.4 + 0.2 * torch.rand(N, 1, 3, 4, dtype=torch.float64)
+    w = (model[1].weight[0] - model[1].weight[1]).detach()
+    with torch.no_grad():
+        score = model(x)[:, 0] - model(x)[:, 1]
+        model[1].bias[0] -= score.quantile(0.5)
+        score = model(x)[:, 0] - model(x)[:, 1]
+    y = (score < 0).long()
+    y[:4] = 1 - y[:4]  # four samples that the model gets wrong
+    sign = torch.where(y == 0, 1.0, -1.0)
+    return model, x, y, w, sign * score
+
+
+def exact(model, x, y, *, eps, norm="linf", bounds=(0.0, 1.0), seed=0):
+    """The steepest step on a two-class linear model, written without the module."""
+    w = (model[1].weight[0] - model[1].weight[1]).detach().reshape(x.shape[1:])
+    direction = w.sign() if norm == "linf" else w / w.norm()
+    sign = torch.where(y == 0, -1.0, 1.0).double().reshape(-1, 1, 1, 1)
+    return x + eps * sign * direction
+
+
+def nearest(model, x, y, *, norm="l2", bounds=(0.0, 1.0), seed=0):
+    """The exact minimal l2 perturbation of a two-class linear model, a millionth beyond."""
+    w = (model[1].weight[0] - model[1].weight[1]).detach()
+    logits = model(x).detach()
+    gap = (logits[:, 0] - logits[:, 1]) / w.norm()
+    step = -gap[:, None] * w / w.norm() * (1 + 1e-4)
+    return x + step.reshape(x.shape)
+
+
+def test_robust_accuracy_is_the_closed_form(problem):
+    model, x, y, w, m = problem
+    grid = [0.0, 0.3, 0.01, 0.02, 0.05]
+    for norm, dual in (("linf", w.abs().sum()), ("l2", w.norm())):
+        got = ev.robust_accuracy(model, x, y, exact, grid, norm=norm, bounds=(-9, 9))
+        want = [float((m > eps * dual).double().mean()) for eps in grid]
+        assert got == pytest.approx(want)
+    assert got[0] == ev.accuracy(model, x, y) == 36 / 40
+    assert len(set(got)) >= 4  # a curve, not a constant
+    assert ev.robust_accuracy(model, x, y, exact, 0.02, norm="l2") == pytest.approx(got[3])
+
+
+def test_fooled_once_is_fooled_at_larger_radii(problem):
+    model, x, y, _, _ = problem
+
+    def only_small(model, x, y, *, eps, norm="linf", bounds=(0.0, 1.0), seed=0):
+        return exact(model, x, y, eps=eps, norm=norm) if eps < 0.1 else x
+
+    small, large = ev.robust_accuracy(model, x, y, only_small, [0.05, 0.2])
+    assert large == small < ev.robust_accuracy(model, x, y, only_small, 0.2)
+
+
+def test_minimal_norm_attack_gives_the_same_curve(problem):
+    model, x, y, w, m = problem
+    grid = [0.0, 0.02, 0.05, 0.1, 0.3]
+    got = ev.robust_accuracy(model, x, y, nearest, grid)
+    assert got == pytest.approx(ev.robust_accuracy(model, x, y, exact, grid, norm="l2"))
+    norms = ev.minimal_norms(model, x, y, nearest)
+    assert torch.equal(norms == 0, m < 0)
+    assert torch.allclose(norms, m.clamp_min(0) / w.norm() * (1 + 1e-4), rtol=1e-9)
+    assert ev.rho_adv(x, norms) == pytest.approx(
+        float((norms / x.flatten(1).norm(dim=1))[4:].mean()), rel=1e-9
+    )
+
+
+def test_nothing_found_is_infinite(problem):
+    model, x, y, _, m = problem
+
+    def idle(model, x, y, *, norm="l2", bounds=(0.0, 1.0), seed=0):
+        return x.clone()
+
+    norms = ev.minimal_norms(model, x, y, idle)
+    assert torch.equal(norms == math.inf, m > 0)
+    assert torch.equal(norms == 0, m < 0)
+    assert math.isnan(ev.rho_adv(x, norms))
+
+
+def test_fooling_ratio_is_of_the_correct_ones(problem):
+    model, x, y, w, m = problem
+    eps = 0.03
+    want = float(((m > 0) & (m < eps * w.norm())).sum() / (m > 0).sum())
+    assert 0 < want < 1
+    assert ev.fooling_ratio(model, x, y, exact, eps, norm="l2") == pytest.approx(want)
+    assert ev.fooling_ratio(model, x, y, exact, [0, eps], norm="l2") == pytest.approx([0, want])
+    assert math.isnan(ev.fooling_ratio(model, x[:4], y[:4], exact, eps))
+
+
+def test_real_attacks_are_exact_on_the_linear_model(problem):
+    model, x, y, w, m = problem
+    grid = [0.005, 0.01, 0.03]
+    want = ev.robust_accuracy(model, x, y, exact, grid)
+    assert ev.robust_accuracy(model, x, y, fgsm, grid, loss="margin") == pytest.approx(want)
+    weak_start = partial(pgd, steps=10, random_start=False)
+    assert ev.robust_accuracy(model, x, y, weak_start, grid) == pytest.approx(want)
+    norms = ev.minimal_norms(model, x, y, deepfool, overshoot=1e-6)
+    assert torch.allclose(norms, m.clamp_min(0) / w.norm(), rtol=1e-4)
+
+
+def test_norm_comes_from_the_attack_unless_given(problem):
+    model, x, y, _, _ = problem
+    l2 = partial(exact, norm="l2")
+    assert ev.robust_accuracy(model, x, y, l2, 0.03) == ev.robust_accuracy(
+        model, x, y, exact, 0.03, norm="l2"
+    )
+
+    def silent(model, x, y, *, eps, bounds=(0.0, 1.0), seed=0):
+        return x
+
+    with pytest.raises(ValueError, match="norm"):
+        ev.robust_accuracy(model, x, y, silent, 0.1)
+    assert ev.robust_accuracy(model, x, y, silent, 0.1, norm="l1") == 36 / 40
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40, 1000])
+def test_chunks_change_nothing_for_deterministic_attacks(problem, chunk):
+    model, x, y, _, _ = problem
+    whole = ev.perturb(model, x, y, deepfool, chunk=N)
+    assert torch.allclose(ev.perturb(model, x, y, deepfool, chunk=chunk), whole, atol=1e-12)
+    assert torch.equal(ev.success(model, whole, y, chunk=chunk), ev.success(model, whole, y))
+    assert ev.accuracy(model, x, y, chunk=chunk) == 36 / 40
+
+
+def test_each_chunk_is_seeded_by_its_first_index(problem):
+    model, x, y, _, _ = problem
+    seen = []
+
+    def spy(model, x, y, *, eps, norm="linf", bounds=(0.0, 1.0), seed=0):
+        seen.append((len(x), seed))
+        return x
+
+    ev.perturb(model, x, y, spy, eps=0.1, chunk=15, seed=3)
+    assert seen == [(15, 3), (15, 18), (10, 33)]
+
+
+def test_distances_agree_with_numpy():
+    rng = np.random.default_rng(0)
+    delta = rng.normal(size=(5, 3, 4, 4)) * (rng.random((5, 1, 4, 4)) < 0.4)
+    delta *= rng.random((5, 3, 4, 4)) < 0.7
+    x = torch.tensor(rng.random((5, 3, 4, 4)))
+    got = ev.distances(torch.zeros_like(x), torch.tensor(delta))
+    flat = delta.reshape(5, -1)
+    for key, order in (("linf", np.inf), ("l2", 2), ("l1", 1), ("l0", 0)):
+        assert np.allclose(got[key], [np.linalg.norm(row, order) for row in flat])
+    assert np.array_equal(got["pixels"], (delta != 0).any(axis=1).sum(axis=(1, 2)))
+    assert (got["pixels"] < got["l0"]).all()
+    with pytest.raises(ValueError, match="shape"):
+        ev.distances(x, x[:2])
+
+
+def cheat(kind):
+    def attack(model, x, y, *, eps, norm="linf", bounds=(0.0, 1.0), seed=0):
+        return {
+            "far": x + 1.01 * eps,
+            "outside": x - 1.0,
+            "nan": x * math.nan,
+            "shape": x[:1],
+            "dtype": x.float(),
+            "rounding": x + eps * (1 + 1e-7),
+        }[kind]
+
+    return attack
+
+
+@pytest.mark.parametrize("kind", ["far", "outside", "nan", "shape", "dtype"])
+def test_cheating_attacks_are_refused(problem, kind):
+    model, x, y, _, _ = problem
+    with pytest.raises(ValueError, match=r"the attack (left|returned)"):
+        ev.robust_accuracy(model, x, y, cheat(kind), 0.1)
+    ev.robust_accuracy(model, x, y, cheat("rounding"), 0.1)
+
+
+@pytest.mark.parametrize(("norm", "size"), [("l2", math.sqrt(12)), ("l1", 12.0), ("l0", 12)])
+def test_the_ball_is_checked_in_its_norm(problem, norm, size):
+    model, x, y, _, _ = problem
+
+    def shift(model, x, y, *, eps, norm=norm, bounds=(0.0, 1.0), seed=0):
+        return x + 0.01
+
+    scale = 1.0 if norm == "l0" else 0.01
+    ev.perturb(model, x, y, shift, eps=size * scale)
+    with pytest.raises(ValueError, match=f"{norm} ball"):
+        ev.perturb(model, x, y, shift, eps=0.99 * size * scale)
+
+
+def test_bad_input(problem):
+    model, x, y, _, _ = problem
+    for call in (
+        lambda: ev.robust_accuracy(model, x, y, fgsm, -0.1),
+        lambda: ev.robust_accuracy(model, x, y, fgsm, []),
+        lambda: ev.robust_accuracy(model, x, y, fgsm, math.nan),
+        lambda: ev.accuracy(model, x, y[:3]),
+        lambda: ev.accuracy(model, x[:0], y[:0]),
+        lambda: ev.accuracy(model, x, y, chunk=0),
+        lambda: ev.report({}, x, y, {"fgsm": fgsm}, [0.1], norm="linf"),
+    ):
+        with pytest.raises(ValueError, match=r"eps|sample|chunk|model"):
+            call()
+    model[1].train()  # one part in training mode is enough
+    with pytest.raises(ValueError, match="training mode"):
+        ev.accuracy(model, x, y)
+
+
+def test_a_constant_model_is_never_right():
+    x, y = torch.rand(6, 3), torch.zeros(6, dtype=torch.long)
+    assert ev.accuracy(lambda x: torch.ones(len(x), 3), x, y) == 0
+    assert not ev.success(lambda x: torch.ones(len(x), 3), x, y).any()
+
+
+def test_counting_by_hand(problem):
+    model, x, *_ = problem
+    z = x[:7].clone().requires_grad_()
+    with ev.counting(model) as outer:
+        model(x)
+        with ev.counting(model) as inner:
+            logits = model(z)
+            torch.autograd.grad(logits.sum(), z, retain_graph=True)
+            rows = torch.eye(2, dtype=z.dtype)[:, None].expand(2, 7, 2)
+            torch.autograd.grad(logits, z, rows, is_grads_batched=True)
+        with torch.no_grad():
+            model(x[:3])
+    assert (inner.forward, inner.backward) == (7, 7 + 2 * 7)
+    assert (outer.forward, outer.backward) == (N + 7 + 3, 21)
+    model(x)
+    assert outer.forward == N + 10  # the hooks are gone
+    with ev.counting(model) as counts:
+        torch.func.vmap(torch.func.grad(lambda v: model(v[None])[0, 0]))(x[:5])
+    assert counts.backward == 5
+    with pytest.raises(TypeError, match="module"), ev.counting(lambda x: x):
+        pass
+
+
+def test_counting_real_attacks(problem):
+    model, x, y, _, _ = problem
+    with ev.counting(model) as counts:
+        fgsm(model, x, y, eps=0.01)
+    assert counts.backward == N
+    assert N <= counts.forward <= N + 1  # the check of the inputs runs one sample
+    with ev.counting(model) as counts:
+        pgd(model, x, y, eps=0.01, steps=6, restarts=2)
+    assert counts.backward == 2 * 6 * N
+    with ev.counting(model) as counts:
+        deepfool(model, x, y, steps=1)
+    assert counts.backward == 2 * N  # both classes' gradients
+
+
+def test_report(problem):
+    model, x, y, _, _ = problem
+    models = {"first": model, "second": linear_model(1)}
+    attacks = {"fgsm": fgsm, "pgd": partial(pgd, steps=5)}
+    table, figure = ev.report(models, x, y, attacks, [0.05, 0.02], norm="linf", seed=1)
+    assert list(table.columns) == [0.0, 0.02, 0.05]
+    assert list(table.loc["first"].index) == ["fgsm", "pgd", "all"]
+    want = ev.robust_accuracy(model, x, y, fgsm, [0.0, 0.02, 0.05], seed=1)
+    assert np.allclose(table.loc[("first", "fgsm")], 100 * np.array(want))
+    parts = table.loc["first"]
+    assert (parts.loc["all"] <= parts.loc[["fgsm", "pgd"]].min() + 1e-9).all()
+    drawn = [line.get_ydata() for line in figure.axes[0].lines]
+    assert np.allclose(100 * np.array(drawn), parts.to_numpy())
+    assert [ax.get_title() for ax in figure.axes] == ["first", "second"]
+    mpl.pyplot.close("all")
