@@ -1,0 +1,127 @@
+"""Claims and errata print or stop; tables of the papers stand beside ours, gaps shown."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from adv.lab import claims
+from adv.lab.claims import claim, compare, erratum, paper
+
+PAPER = {
+    "tables": [
+        {
+            "id": "1",
+            "caption": "Errors",
+            "note": "a cell is lost",
+            "columns": [
+                {"id": "err", "label": "error", "unit": "percent"},
+                {"id": "rho", "label": "rho", "unit": "1"},
+                {"id": "how", "label": "how", "unit": None},
+            ],
+            "rows": [
+                {
+                    "id": "a",
+                    "label": "net A",
+                    "values": {"err": 1.5, "rho": 0.114, "how": "exact"},
+                    "spread": {"err": 0.08},
+                },
+                {"id": "b", "values": {"err": 20, "rho": None, "how": None}, "spread": {}},
+            ],
+        },
+        {"id": "2", "columns": [], "rows": []},
+    ],
+    "errata": [
+        {"id": "E1", "where": "(3.2)", "kind": "paper", "text": "The sign\n  is wrong."},
+        {"id": "E2", "where": "section 4", "kind": "unclear", "text": "Not said."},
+    ],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(PAPER), encoding="utf-8")
+    monkeypatch.setattr(claims, "FOLDERS", (tmp_path / "absent", tmp_path))
+    claims._read.cache_clear()
+    yield tmp_path
+    claims._read.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [bool, np.bool_, torch.tensor])
+def test_claim_prints_or_stops(capsys, kind):
+    claim("geometry/duality", "Hölder's bound is attained to 1e-12", kind(True))
+    assert capsys.readouterr().out == "✓ geometry/duality: Hölder's bound is attained to 1e-12\n"
+    with pytest.raises(AssertionError, match=r"^x/y: it holds \(does not hold\)$"):
+        claim("x/y", "it holds", kind(False))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "holds",
+    [1, 0, 1.0, None, "yes", [], np.array([True]), torch.tensor([True]), torch.tensor(1.0), max],
+    ids=repr,
+)
+def test_only_bools_are_truth(holds, folder):
+    with pytest.raises(TypeError, match="one bool"):
+        claim("a/b", "c", holds)
+    with pytest.raises(TypeError, match="one bool"):
+        erratum("toy/E1", holds)
+
+
+def test_erratum(folder, capsys):
+    erratum("toy/E1", np.bool_(True))
+    assert capsys.readouterr().out == "✓ erratum toy/E1, (3.2): The sign is wrong.\n"
+    with pytest.raises(AssertionError, match=r"toy/E2, section 4: Not said\. \(does not hold\)"):
+        erratum("toy/E2", False)
+    with pytest.raises(KeyError, match="E1, E2"):
+        erratum("toy/E3", True)
+    with pytest.raises(KeyError, match="known: toy"):
+        erratum("play/E1", True)
+
+
+def test_compare_formats_both_sides(folder):
+    table = compare("toy", "1", ours={"a": {"err": (1.44, 0.1), "rho": 0.1}, "b": {"err": None}})
+    assert list(table.index) == ["net A", "b"]
+    assert list(table.columns)[:3] == [
+        ("error (percent)", "paper"),
+        ("error (percent)", "ours"),
+        ("rho", "paper"),
+    ]
+    assert table["error (percent)"].to_numpy().tolist() == [
+        ["1.50 ± 0.08", "1.44 ± 0.10"],
+        ["20.00", "—"],
+    ]
+    assert table["rho"].to_numpy().tolist() == [["0.114", "0.100"], ["—", "—"]]
+    assert table["how", "paper"].tolist() == ["exact", "—"]
+    assert table.attrs == {"caption": "Errors", "note": "a cell is lost"}
+
+
+def test_compare_takes_rows_of_a_results_file(folder):
+    rows = [{"id": "b", "values": {"err": 19.0, "rho": float("nan")}, "spread": {"err": 1.25}}]
+    table = compare("toy", "1", ours=rows, digits=1)
+    assert table["error (percent)", "ours"].tolist() == ["—", "19.0 ± 1.2"]
+    assert table["rho", "ours"].tolist() == ["—", "—"]
+    assert (compare("toy", "1")["rho", "ours"] == "—").all()
+
+
+def test_compare_names_what_is_unknown(folder):
+    for ours, known in (({"c": {"err": 1}}, "a, b"), ({"a": {"eror": 1}}, "err, rho, how")):
+        with pytest.raises(KeyError, match=known):
+            compare("toy", "1", ours=ours)
+    with pytest.raises(KeyError, match="known: 1, 2"):
+        compare("toy", "3")
+
+
+def test_paper_gives_a_copy(folder):
+    paper("toy")["errata"].clear()
+    assert paper("toy") == PAPER
+
+
+def test_the_repository_files_are_found(root):
+    names = sorted(path.stem for path in (root / "reproduce" / "paper").glob("*.yaml"))
+    assert {"pdpgd", "convex"} <= set(names)
+    for name in names:
+        source = paper(name)
+        for table in source.get("tables", []):
+            shown = compare(name, table["id"])
+            assert shown.shape == (len(table["rows"]), 2 * len(table["columns"]))
