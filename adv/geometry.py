@@ -218,11 +218,10 @@ def project_l2(
     consecutive $t_i$, found by bisection over the sorted ones, $\|z\|_2^2=C+t^2U$ gives $t$.
     """
     u, radius, limits = _flat(delta), _column(eps, delta, "eps"), _flat_box(box, delta)
-    size, cap = u.abs(), _clip(u, limits).abs()
-    inside = _length(cap, 2.0) <= radius
     if limits is None:
-        t = radius / _nonzero(_length(u, 2.0))
-        return _like(torch.where(inside, u, u * t), delta)
+        length = _length(u, 2.0)
+        return _like(torch.where(length <= radius, u, u * (radius / _nonzero(length))), delta)
+    size, cap = u.abs(), _clip(u, limits).abs()
     meets = torch.where(size > 0, cap / _nonzero(size), 1.0)
     points = torch.cat([meets, torch.zeros_like(radius), torch.ones_like(radius)], dim=1)
     low, high = _bracket(points, lambda t: _length(torch.minimum(t * size, cap), 2.0) >= radius)
@@ -231,8 +230,8 @@ def project_l2(
     left = 1 - (torch.where(bound, cap, 0.0) / scale).square().sum(dim=1, keepdim=True)
     free = _length(torch.where(bound, 0.0, size), 2.0)
     t = left.clamp_min(0).sqrt() * (radius / _nonzero(free))
-    z = torch.minimum(torch.maximum(low, torch.minimum(t, high)) * size, cap)
-    return _like(u.sign() * torch.where(inside, cap, z), delta)
+    t = torch.maximum(low, torch.minimum(t, high))
+    return _like(u.sign() * torch.minimum(t * size, cap), delta)
 
 
 def project_l1(
@@ -373,8 +372,7 @@ def prox_l2(
         short = _length(at(middle), 2.0) > middle
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     moves = _length(torch.where(clipped != 0, w * flat, 0.0), 2.0) > weight
-    z = torch.where(weight > 0, at(high), clipped)
-    return _like(torch.where(moves, z, 0.0), u)
+    return _like(torch.where(moves, at(high), 0.0), u)
 
 
 def prox_l1(
@@ -565,12 +563,12 @@ def _bracket(
 ) -> tuple[Tensor, Tensor]:
     """The neighbors among the sorted points between which ``reached`` turns true, once and for all.
 
-    Both are the first point where it is true there already, and the last two where it never is.
+    Twice the first point where it is true there already; the last two where it is true nowhere.
     """
     points = points.sort(dim=1).values
     low = torch.zeros(len(points), 1, dtype=torch.long, device=points.device)
     high = torch.full_like(low, points.shape[1] - 1)
-    for _ in range((points.shape[1] - 1).bit_length() + 1):
+    for _ in range((points.shape[1] - 1).bit_length()):
         middle = (low + high) // 2
         done = reached(points.gather(1, middle))
         low, high = torch.where(done, low, middle), torch.where(done, middle, high)

@@ -152,12 +152,9 @@ def test_steepest_at_the_edges_of_p_and_of_the_range():
             torch.testing.assert_close(
                 v, steepest(torch.tensor([[1.0, -0.5, 0.0]]), p), rtol=1e-4, atol=1e-6
             )
-    close = torch.tensor([[1.0, 1 - 2.0**-20]], dtype=torch.float32)
-    expected = (1 - 2.0**-20) ** 1e5
-    assert (
-        abs(float(steepest(close, 1 + 1e-5)[0, 1] / steepest(close, 1 + 1e-5)[0, 0]) - expected)
-        < 1e-5
-    )
+    close = torch.tensor([[0.7, 0.7 * (1 - 2.0**-20)]], dtype=torch.float32)
+    first, second = steepest(close, 1 + 1e-5)[0].tolist()
+    assert abs(second / first - (close[0, 1].double() / close[0, 0].double()) ** 1e5) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -387,6 +384,18 @@ def test_group_l0_is_the_best_set_of_pixels(batch, boxed, weight):
             objective(z[i : i + 1], u[i : i + 1], weight, "group_l0", w[i : i + 1])
             <= costs.min() + 1e-12
         )
+
+
+def test_l2_in_a_metric_is_stationary_and_zero_below_its_threshold():
+    u = torch.randn(2, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w, box = random_metric(u), room(torch.full_like(u, 0.5), (-9.0, 9.0))
+    box[0][:, 0] = box[1][:, 0] = 0  # an entry that cannot move has no say
+    threshold = (w * u)[:, 1:].norm(dim=1)
+    assert (prox(u, threshold * (1 + 1e-12), "l2", box=box, metric=w) == 0).all()
+    assert (prox(u, threshold * (1 - 1e-6), "l2", box=box, metric=w) != 0).any(1).all()
+    z = prox(u, threshold / 3, "l2", box=box, metric=w)[:, 1:]
+    pull, unit = (w * u)[:, 1:] - w[:, 1:] * z, z / z.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(pull, threshold[:, None] / 3 * unit, rtol=1e-13, atol=1e-14)
 
 
 def test_group_l0_of_single_channels_is_l0():
