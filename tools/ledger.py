@@ -195,7 +195,10 @@ def cells_of_ours(shown: list[list[str]], table: dict[str, Any]) -> set[Cell] | 
     if at == 0:
         return None
     labels, kinds = shown[at - 1], shown[at]
-    columns = {clean(with_unit(column)): column["id"] for column in table["columns"]}
+    columns = {}
+    for column in table["columns"]:  # ``compare`` adds the unit to the label, where there is one
+        columns[clean(column["label"])] = column["id"]
+        columns[clean(f"{column['label']} ({column['unit']})")] = column["id"]
     rows = {clean(row["label"]): row["id"] for row in table["rows"]}
     found = set()
     for row in shown[at + 1 :]:
@@ -207,11 +210,6 @@ def cells_of_ours(shown: list[list[str]], table: dict[str, Any]) -> set[Cell] | 
             if kind == "ours" and re.search(r"\d", value):
                 found.add((rows[clean(row[0])], columns[clean(label)]))
     return found
-
-
-def with_unit(column: dict[str, Any]) -> str:
-    """A column's heading, as ``adv.lab.claims.compare`` writes it."""
-    return f"{column['label']} ({column['unit']})" if column["unit"] else column["label"]
 
 
 def clean(text: str) -> str:

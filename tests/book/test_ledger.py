@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from adv.lab.claims import compare
+
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("adv_ledger", ROOT / "tools" / "ledger.py")
 ledger = importlib.util.module_from_spec(spec)
@@ -136,6 +138,16 @@ def test_tables_count_our_cells(book, source):
         "ours for 1 of 3 numbers, 2 missing, 1 lost in the source, ours for 1 of these."
     )
     assert line(text, "- **1-l2**") == "- **1-l2**, Methods. *Not shown*; no numbers."
+
+
+def test_what_compare_shows_is_recognized():
+    papers = {"pdpgd": yaml.safe_load((ROOT / "reproduce/paper/pdpgd.yaml").read_text("utf-8"))}
+    ours = {"2.5": {"fab-1": 80.0}, "10": {"fab-1": 30.0, "pdpgd-100": (1.0, 0.5)}}
+    shown = [{"data": {"text/html": [compare("pdpgd", "5.3-l1", ours).to_html()]}}]
+    source = 'compare("pdpgd", "5.3-l1", ours)'
+    assert dict(ledger.compared(source, shown, papers)) == {
+        ("pdpgd", "5.3-l1"): {("2.5", "fab-1"), ("10", "fab-1"), ("10", "pdpgd-100")}
+    }
 
 
 def test_results_count_too_and_files_of_other_kinds_are_passed_over(book):
