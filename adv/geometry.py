@@ -426,7 +426,7 @@ def prox_group_l0(
     flat, weight = _flat(u), _column(lam, u, "lam")
     clipped = _clip(flat, _flat_box(box, u))
     shape = u.flatten(2).shape if u.ndim == 4 else (len(u), 1, flat.shape[1])
-    gain = _gain(flat, clipped) * torch.as_tensor(_weights(metric, u)).sqrt()
+    gain = _gain(flat, clipped) * _weights(metric, u).sqrt()
     pays = _length(gain.reshape(shape), 2.0) > (2 * weight).sqrt()[:, None]
     return _like(torch.where(pays, clipped.reshape(shape), 0.0), u)
 
