@@ -435,7 +435,7 @@ def check_range(x: Float[Tensor, "B ..."], bounds: Bounds) -> None:
         raise TypeError(f"bounds are two numbers (low, high), not {bounds!r}") from error
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"bounds are finite with low < high, not {bounds!r}")
-    smallest, largest = (float(value) for value in torch.aminmax(x))
+    smallest, largest = (float(value) for value in torch.aminmax(x.detach()))
     if math.isnan(smallest) or math.isnan(largest):
         raise ValueError("x contains NaN")
     if smallest < low - 1e-6 or largest > high + 1e-6:

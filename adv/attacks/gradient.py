@@ -27,7 +27,7 @@ from adv.attacks.common import (
     objective,
 )
 from adv.geometry import Box, Norm, exponent, project, room, steepest
-from adv.geometry import norm as length
+from adv.geometry import norm as norm_of
 
 __all__ = ["Noise", "fgsm", "noise", "pgd", "random_noise", "sparse_step"]
 
@@ -170,8 +170,8 @@ def pgd(
                     state = {"x_adv": x_adv, "logits": logits, "gradient": gradient}
                     observe(restart * steps + step, {**state, "restart": restart})
                 g = momentum * g + _unit_l1(gradient) if momentum else gradient
-                direction = _direction(g, delta, norm, box, sparsity)
-                delta = project(delta + alpha * direction, norm, eps, box=box)
+                delta = delta + _step(g, delta, alpha, norm, box, sparsity)
+                delta = project(delta, norm, eps, box=box)
             x_adv = (x + delta).clamp(*bounds)
             with torch.no_grad():
                 keep(x_adv, model(x_adv))
@@ -275,46 +275,57 @@ def noise(
     radius = torch.ones(len(x), dtype=x.dtype)
     if kind == "ball":
         radius = torch.rand(len(x), dtype=x.dtype, generator=generator) ** (1 / d)
-    return eps * (z * expand(radius / length(z, norm), z)).to(x.device)
+    return eps * (z * expand(radius / norm_of(z, norm), z)).to(x.device)
 
 
 def sparse_step(
-    g: Float[Tensor, "B ..."], delta: Float[Tensor, "B ..."], box: Box, *, sparsity: float = 0.99
+    g: Float[Tensor, "B ..."],
+    delta: Float[Tensor, "B ..."],
+    length: float,
+    box: Box,
+    *,
+    sparsity: float = 0.99,
 ) -> Float[Tensor, "B ..."]:
-    r"""l1 step: equal moves on the largest $|g_i|$ among the entries that have room in the box.
+    r"""l1 step: as much as the box allows on the largest $|g_i|$, until ``length`` is spent.
 
-    The steepest l1 step moves one entry; spread over the top $1-$``sparsity`` of them (at least
-    one) it needs fewer steps. Entries already at the face that $g$ points to are passed over.
+    The steepest l1 step moves one entry. To need fewer steps no entry gets more than its share
+    when the top $1-$``sparsity`` of them (at least one) share equally; what an entry cannot use,
+    being close to its face, goes to the next. Without this rule the entries at their faces, lowered
+    a little by each projection, would each take whole steps to return.
 
     Args:
         g: (B, ...) direction to climb.
         delta: (B, ...) perturbation at which to step.
-        box: its limits, as ``geometry.room`` makes them.
+        length: l1 norm of the step.
+        box: the limits of ``delta``, as ``geometry.room`` makes them.
         sparsity: share of entries left alone, in [0, 1).
 
     Returns:
-        (B, ...) steps of l1 norm 1; zero where $g$ is zero wherever there is room.
+        (B, ...) steps $v$ with $\|v\|_1\le$ ``length`` (less where the box ends) that keep
+        ``delta + v`` in the box.
 
-    Source: Tramer and Boneh (2019), SLIDE; chapter ``first_example``.
+    Source: Tramer and Boneh (2019), SLIDE, whose step has no spill-over; chapter ``first_example``.
     """
-    movable = torch.where(g > 0, delta < box[1], delta > box[0])
-    size = torch.where(movable, g.abs(), 0.0).flatten(1)
-    count = max(1, math.ceil(size.shape[1] * (1 - sparsity) - 1e-9))
-    top = size.topk(count, dim=1)
-    signs = g.flatten(1).sign().gather(1, top.indices) * (top.values > 0)
-    e = torch.zeros_like(size).scatter(1, top.indices, signs)
-    return (e / e.abs().sum(dim=1, keepdim=True).clamp_min(1)).view_as(g)
+    flat = g.flatten(1)
+    share = length / max(1, math.ceil(flat.shape[1] * (1 - sparsity) - 1e-9))
+    free = torch.where(g > 0, box[1] - delta, delta - box[0]).flatten(1)
+    free = torch.where(flat != 0, free.clamp(0, share), 0.0)
+    order = flat.abs().argsort(dim=1, descending=True, stable=True)
+    wanted = free.gather(1, order)
+    left = length - (wanted.cumsum(dim=1) - wanted)
+    spent = torch.minimum(wanted, left.clamp_min(0))
+    return (flat.sign() * torch.zeros_like(flat).scatter(1, order, spent)).view_as(g)
 
 
-def _direction(g: Tensor, delta: Tensor, norm: Norm, box: Box, sparsity: float) -> Tensor:
+def _step(g: Tensor, delta: Tensor, alpha: float, norm: Norm, box: Box, sparsity: float) -> Tensor:
     if exponent(norm) == 1:
-        return sparse_step(g, delta, box, sparsity=sparsity)
-    return steepest(g, norm)
+        return sparse_step(g, delta, alpha, box, sparsity=sparsity)
+    return alpha * steepest(g, norm)
 
 
 def _unit_l1(g: Tensor) -> Tensor:
     """The gradient over its l1 norm (zero stays zero): momentum compares directions only."""
-    size = length(g, "l1")
+    size = norm_of(g, "l1")
     return g / expand(torch.where(size > 0, size, 1.0), g)
 
 
