@@ -1,0 +1,267 @@
+"""One training loop for any loss ``(model, x, y) -> scalar``: seeded, resumable, and watched."""
+
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from adv.lab.data import Split
+from adv.lab.evaluation import accuracy
+
+__all__ = ["DivergenceError", "History", "Loss", "cross_entropy", "fit"]
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Score = Callable[[nn.Module, Tensor, Tensor], float]
+Optimizer = Literal["adam", "sgd"] | Callable[..., torch.optim.Optimizer]
+Schedule = Literal["cosine"] | float | Callable[[int], float] | None
+
+# Reading the loss stops the device's queue, so that it is looked at only now and then.
+WATCH_EVERY = 50
+
+
+@dataclass
+class History:
+    """What happened in each epoch: mean training loss, validation score, wall-clock seconds.
+
+    ``best`` is the epoch (from 0) whose weights the model holds at the end: the one with the
+    highest validation score, the latest of equal ones; the last epoch without validation.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    best: int = -1
+
+
+class DivergenceError(ArithmeticError):
+    """The training loss became infinite or NaN."""
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    r"""Mean cross-entropy $-\log p_y(x)$ in nats, the default loss: (B, ...), (B,) -> scalar."""
+    return F.cross_entropy(model(x), y)
+
+
+def fit(
+    model: nn.Module,
+    train: Split,
+    *,
+    loss: Loss = cross_entropy,
+    epochs: int,
+    batch_size: int = 100,
+    lr: float = 1e-3,
+    optimizer: Optimizer = "adam",
+    schedule: Schedule = None,
+    val: Split | None = None,
+    score: Score = accuracy,
+    seed: int = 0,
+    checkpoint: Path | str | None = None,
+    observe: Callable[[int, nn.Module], None] | None = None,
+    progress: bool = True,
+) -> History:
+    r"""Train ``model`` in place by minibatch descent and leave it in evaluation mode.
+
+    All randomness of epoch $e$ is a function of ``(seed, e)``: the order of the samples has a
+    generator of its own, and torch's global generators, from which dropout and the losses of
+    ``adv.defenses`` draw, are seeded at the start of each epoch and put back at the end. A run
+    that is killed and called again with the same ``checkpoint`` therefore ends with the same
+    weights, to the last bit, as one that was not.
+
+    Args:
+        model: trained on the device that holds its parameters; only those that require gradients.
+        train: the training set, ``x`` (N, C, H, W) and ``y`` (N,).
+        loss: ``(model, x, y) -> scalar``, a mean over the batch; called in training mode.
+        epochs: passes through the training set, at least 1.
+        batch_size: samples a step; the last batch of an epoch may be smaller.
+        lr: learning rate at the start, positive.
+        optimizer: ``"adam"``, ``"sgd"`` (momentum 0.9), or a callable ``(parameters, lr=...)``.
+        schedule: factor of ``lr`` by epoch: None (1), ``"cosine"`` (1 to 0 over all epochs), a
+            float $\gamma$ ($\gamma^e$), or a callable ``epoch -> factor``.
+        val: held-out samples; with them, the model ends with the best epoch's weights.
+        score: ``(model, x, y) -> float`` on ``val`` in evaluation mode, higher is better.
+        seed: of the order, dropout and attacks. The initial weights are the caller's.
+        checkpoint: file written after each epoch, and resumed from where it exists. It is kept.
+        observe: called as ``observe(epoch, model)`` after each epoch, in evaluation mode.
+        progress: show a bar on stderr; the environment variable ``TQDM_DISABLE=1`` also hides it.
+
+    Returns:
+        Mean loss, score and seconds of each epoch, those before a resume included.
+
+    Raises:
+        ValueError: on an empty set, settings out of range, or another run's checkpoint.
+        DivergenceError: where the loss is not finite.
+
+    Source: chapter ``defending``.
+    """
+    _check(train, epochs, batch_size, lr)
+    place = next(model.parameters()).device
+    train, val = train.to(place), None if val is None else val.to(place)
+    steps = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)
+    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    for name, choice in (("optimizer", optimizer), ("schedule", schedule)):
+        settings[name] = "a callable" if callable(choice) else choice
+    file = None if checkpoint is None else _Checkpoint(Path(checkpoint), model, steps, settings)
+    history, best = (History(), None) if file is None else file.resume(train)
+    hide: dict[str, bool] = {} if progress else {"disable": True}
+    size = math.ceil(len(train) / batch_size)
+    done = len(history.loss)
+    with _random_state(place), tqdm(total=epochs * size, initial=done * size, **hide) as bar:
+        for epoch in range(done, epochs):
+            start = time.perf_counter()
+            for group in steps.param_groups:
+                group["lr"] = lr * _factor(schedule, epoch, epochs)
+            order = _seed_epoch(seed, epoch, len(train)).to(place)
+            batches = (train[index] for index in order.split(batch_size))
+            history.loss.append(_epoch(model.train(), steps, loss, batches, bar))
+            model.eval()
+            history.best = epoch
+            if val is not None:
+                history.score.append(float(score(model, val.x, val.y)))
+                history.best = max(range(epoch + 1), key=lambda e: (history.score[e], e))
+                best = _copy(model) if history.best == epoch else best
+            history.seconds.append(time.perf_counter() - start)
+            if observe is not None:
+                observe(epoch, model)
+            if file is not None:
+                file.save(history, best)
+            bar.set_postfix(epoch=epoch + 1, loss=f"{history.loss[-1]:.3g}")
+    if best is not None:
+        model.load_state_dict(best)
+    model.eval()
+    return history
+
+
+def _check(train: Split, epochs: int, batch_size: int, lr: float) -> None:
+    if len(train) == 0:
+        raise ValueError("the training set is empty")
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be at least 1")
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr={lr} must be positive and finite")
+
+
+def _optimizer(kind: Optimizer, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    if callable(kind):
+        return kind(parameters, lr=lr)
+    if kind == "adam":
+        return torch.optim.Adam(parameters, lr=lr)
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+    raise ValueError(f"optimizer={kind!r}: give 'adam', 'sgd' or a callable (parameters, lr=...)")
+
+
+def _factor(schedule: Schedule, epoch: int, epochs: int) -> float:
+    if schedule is None:
+        return 1.0
+    if callable(schedule):
+        return schedule(epoch)
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * epoch / epochs)) / 2
+    if isinstance(schedule, int | float):
+        return float(schedule) ** epoch
+    raise ValueError(f"schedule={schedule!r}: give None, 'cosine', a float or a callable")
+
+
+@contextmanager
+def _random_state(place: torch.device) -> Iterator[None]:
+    """Put back the global generators of the CPU and of the model's device."""
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        yield
+
+
+def _seed_epoch(seed: int, epoch: int, size: int) -> Tensor:
+    """Seed the global generators for this epoch and return its order of the samples."""
+    ours, theirs = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint64).tolist()
+    torch.manual_seed(theirs)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(ours))
+
+
+def _epoch(
+    model: nn.Module,
+    steps: torch.optim.Optimizer,
+    loss: Loss,
+    batches: Iterable[Split],
+    bar: "tqdm[Any]",
+) -> float:
+    """One pass; the mean loss over the samples."""
+    total: Tensor | float = 0.0
+    count = 0
+    for number, batch in enumerate(batches, start=1):
+        value = loss(model, batch.x, batch.y)
+        steps.zero_grad(set_to_none=True)
+        value.backward()
+        steps.step()
+        total = total + value.detach() * len(batch)
+        count += len(batch)
+        bar.update()
+        if number % WATCH_EVERY == 0:
+            _finite(total)
+    steps.zero_grad(set_to_none=True)
+    _finite(total)
+    return float(total) / count
+
+
+def _finite(total: Tensor | float) -> None:
+    if not math.isfinite(total):
+        raise DivergenceError(
+            f"the training loss became {float(total)}: lower the learning rate or clip gradients"
+        )
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@dataclass
+class _Checkpoint:
+    """The file from which a run goes on: all that an epoch leaves behind for the next."""
+
+    path: Path
+    model: nn.Module
+    steps: torch.optim.Optimizer
+    settings: dict[str, Any]
+
+    def save(self, history: History, best: dict[str, Tensor] | None) -> None:
+        """Write beside the file and rename: a kill leaves the old or the new, never half."""
+        state = {
+            "settings": self.settings,
+            "model": self.model.state_dict(),
+            "optimizer": self.steps.state_dict(),
+            "history": asdict(history),
+            "best": best,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".part")
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+
+    def resume(self, train: Split) -> tuple[History, dict[str, Tensor] | None]:
+        """Load model and optimizer where the file exists; refuse the file of another run."""
+        self.settings["data"] = [
+            zlib.crc32(t.cpu().contiguous().numpy().data) for t in (train.x, train.y)
+        ]
+        if not self.path.exists():
+            return History(), None
+        place = next(self.model.parameters()).device
+        state = torch.load(self.path, map_location=place, weights_only=True)
+        ours, theirs = self.settings, state["settings"]
+        if other := [name for name in ours if ours[name] != theirs.get(name)]:
+            told = ", ".join(f"{n} = {theirs.get(n)} there, {ours[n]} here" for n in other)
+            raise ValueError(f"{self.path} is the checkpoint of another run ({told}); delete it")
+        self.model.load_state_dict(state["model"])
+        self.steps.load_state_dict(state["optimizer"])
+        return History(**state["history"]), state["best"]

@@ -1,0 +1,225 @@
+"""The training loop against a loop by hand, against kills, and against divergence."""
+
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from adv.lab.data import Split
+from adv.lab.training import DivergenceError, cross_entropy, fit
+
+
+def blobs(n=60, seed=0):
+    """Three Gaussian classes in eight dimensions, as a split of 1x2x4 images."""
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    centers = torch.randn(3, 8, generator=torch.Generator().manual_seed(99))
+    x = centers[y] + 0.3 * torch.randn(n, 8, generator=draw)
+    return Split(x.view(n, 1, 2, 4), y)
+
+
+def network(seed=0, dropout=0.0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [nn.Linear(8, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)]
+        return nn.Sequential(nn.Flatten(), *layers)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def quiet(model, train, **settings):
+    return fit(model, train, progress=False, **settings)
+
+
+def test_full_batch_descent_is_plain_gradient_descent():
+    """One batch an epoch leaves no order: momentum written out by hand must give the same."""
+    data, lr, model, ours = blobs(), 0.05, network(), network()
+    history = quiet(
+        ours, data, epochs=7, batch_size=1000, lr=lr, optimizer="sgd", schedule=0.9, seed=3
+    )
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    values = []
+    for epoch in range(7):
+        value = nn.functional.nll_loss(model(data.x).log_softmax(1), data.y)
+        values.append(float(value.detach()))
+        gradients = torch.autograd.grad(value, list(model.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(model.parameters(), velocity, gradients, strict=True):
+                v.mul_(0.9).add_(g)
+                p.sub_(lr * 0.9**epoch * v)
+    torch.testing.assert_close(weights(ours), weights(model), rtol=1e-5, atol=1e-6)
+    assert history.loss == pytest.approx(values, rel=1e-5)
+    assert history.best == 6
+    assert len(history.seconds) == 7
+
+
+def test_each_epoch_sees_every_sample_once_in_a_new_order():
+    data, seen = Split(torch.arange(80.0).view(10, 1, 2, 4), torch.arange(10) % 3), []
+
+    def watch(model, x, y):
+        seen.append(x[:, 0, 0, 0].clone())
+        return cross_entropy(model, x, y)
+
+    quiet(network(), data, epochs=3, batch_size=4, loss=watch, seed=5)
+    assert [len(b) for b in seen] == [4, 4, 2] * 3
+    epochs = [torch.cat(seen[i : i + 3]) for i in (0, 3, 6)]
+    for order in epochs:
+        assert torch.equal(order.sort().values, data.x[:, 0, 0, 0])
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_mean_loss_weighs_a_short_last_batch_by_its_samples():
+    data = blobs(7)
+    history = quiet(network(), data, epochs=1, batch_size=5, lr=1e-12)
+    assert history.loss[0] == pytest.approx(
+        float(cross_entropy(network(), data.x, data.y).detach()), 1e-5
+    )
+
+
+def test_cosine_and_callable_schedules_set_the_rate():
+    rates = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    settings = {"epochs": 4, "batch_size": 60, "lr": 0.1, "optimizer": Recorder}
+    quiet(network(), blobs(), schedule="cosine", **settings)
+    assert rates == pytest.approx([0.1 * math.cos(math.pi * e / 8) ** 2 for e in range(4)])
+    rates.clear()
+    quiet(network(), blobs(), schedule=lambda e: 0.5 if e >= 2 else 1.0, **settings)
+    assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05])
+
+
+def test_same_seed_same_weights_whatever_the_global_state():
+    """Dropout draws from the global generator, which fit seeds and puts back."""
+    first, second, third = network(dropout=0.5), network(dropout=0.5), network(dropout=0.5)
+    torch.manual_seed(1)
+    quiet(first, blobs(), epochs=2, batch_size=20, seed=7)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    quiet(second, blobs(), epochs=2, batch_size=20, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    quiet(third, blobs(), epochs=2, batch_size=20, seed=8)
+    assert torch.equal(weights(first), weights(second))
+    assert not torch.equal(weights(first), weights(third))
+
+
+def test_keeps_the_best_epoch_on_validation_and_the_latest_of_equals():
+    model, marks, scores = network(), [], iter([0.2, 0.8, 0.8, 0.5])
+
+    def keep(epoch, model):
+        assert not model.training
+        marks.append(weights(model))
+
+    history = quiet(
+        model,
+        blobs(),
+        epochs=4,
+        batch_size=20,
+        lr=0.05,
+        val=blobs(9, seed=1),
+        score=lambda *_: next(scores),
+        observe=keep,
+    )
+    assert history.best == 2
+    assert history.score == [0.2, 0.8, 0.8, 0.5]
+    assert torch.equal(weights(model), marks[2])
+    assert not torch.equal(weights(model), marks[3])
+
+
+def test_leaves_flags_and_gradients_as_promised():
+    model = network()
+    model[1].bias.requires_grad_(False)
+    frozen = model[1].bias.detach().clone()
+    quiet(model, blobs(), epochs=1, batch_size=20)
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(model[1].bias, frozen)
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+
+
+def test_divergence_is_an_error():
+    with pytest.raises(DivergenceError, match="learning rate"):
+        quiet(network(), blobs(), epochs=50, batch_size=20, lr=1e20, optimizer="sgd")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"optimizer": "lion"},
+        {"schedule": "steps"},
+    ],
+)
+def test_bad_settings_raise(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        quiet(network(), blobs(), **({"epochs": 1} | wrong))
+
+
+def test_empty_set_raises():
+    with pytest.raises(ValueError, match="empty"):
+        quiet(network(), blobs()[:0], epochs=1)
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    file = tmp_path / "deep" / "run.pt"
+    quiet(network(), blobs(), epochs=1, checkpoint=file)
+    for other in ({"seed": 4}, {"epochs": 2}, {"lr": 0.5}, {"optimizer": torch.optim.SGD}):
+        with pytest.raises(ValueError, match=next(iter(other))):
+            quiet(network(), blobs(), **({"epochs": 1, "checkpoint": file} | other))
+    with pytest.raises(ValueError, match="data"):
+        quiet(network(), blobs(seed=2), epochs=1, checkpoint=file)
+
+
+def test_finished_run_is_loaded_not_repeated(tmp_path):
+    file, first, second = tmp_path / "run.pt", network(), network(seed=1)
+    settings = {"epochs": 3, "val": blobs(9, seed=1), "checkpoint": file}
+    told = quiet(first, blobs(), **settings)
+    assert quiet(second, blobs(), **settings) == told
+    assert torch.equal(weights(first), weights(second))
+
+
+RUN = {"epochs": 12, "batch_size": 20, "lr": 0.02, "schedule": "cosine", "seed": 11}
+CHILD = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from test_training import RUN, blobs, cross_entropy, network, quiet
+
+def loss(model, x, y):
+    time.sleep(0.1)
+    return cross_entropy(model, x, y)
+
+quiet(network(dropout=0.5), blobs(), val=blobs(9, seed=1), loss=loss, checkpoint={file!r},
+      observe=lambda epoch, model: print(epoch, flush=True), **RUN)
+"""
+
+
+def test_resumes_exactly_after_a_kill(tmp_path):
+    """SIGKILL a training process in mid-flight; the end must not differ in a single bit."""
+    file = str(tmp_path / "run.pt")
+    code = CHILD.format(folder=str(Path(__file__).parent), file=file)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert [process.stdout.readline() for _ in range(4)] == ["0\n", "1\n", "2\n", "3\n"]
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    seen, resumed, straight = [], network(seed=1, dropout=0.5), network(dropout=0.5)
+    settings = {"val": blobs(9, seed=1), **RUN}
+    told = quiet(resumed, blobs(), checkpoint=file, observe=lambda e, _: seen.append(e), **settings)
+    assert seen in (list(range(3, 12)), list(range(4, 12)))
+    expected = quiet(straight, blobs(), **settings)
+    assert (told.loss, told.score, told.best) == (expected.loss, expected.score, expected.best)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
