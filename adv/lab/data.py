@@ -146,9 +146,8 @@ class Found(NamedTuple):
 
 _DIGITS = tuple("0123456789")
 _CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_FASHION = tuple(
-    "T-shirt/top,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")
-)
+_FASHION: tuple[str, ...] = ("T-shirt/top", "trouser", "pullover", "dress", "coat")
+_FASHION += ("sandal", "shirt", "sneaker", "bag", "ankle boot")
 _STL = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _PERSONS = tuple(f"person {i}" for i in range(40))
 

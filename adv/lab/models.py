@@ -1,14 +1,38 @@
-"""The networks of the book and of the papers it follows, built by name."""
+"""The networks of the book and of the papers it follows, built by name.
+
+| name | class | input | parameters |
+|---|---|---|---|
+| mlp | ``MLP`` | as ``sizes`` says | |
+| fcnn | ``MLP`` 784-150-100-10 | 28x28 | 133,860 |
+| mlp-1000, mlp-1200 | ``MLP`` with three such layers | 28x28 | 2,797,010; 3,836,410 |
+| digits-cnn | ``DigitsCNN`` | 1x8x8 | 38,282 |
+| lenet5 | ``LeNet5`` 6-16-120-84 | 1x28x28 | 61,706 |
+| lenet5-wide | ``LeNet5`` 32-64-512 | 1x28x28 | 582,026 |
+| nin | ``NetworkInNetwork`` | 3x32x32 | 966,986 |
+| densenet40 | ``DenseNet40`` | 3x32x32 | 1,019,722 |
+| resnet32 | ``ResNet32`` | 3x32x32 | 464,154 |
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "DigitsCNN", "Normalize", "build", "names"]
+__all__ = [
+    "MLP",
+    "DenseNet40",
+    "DigitsCNN",
+    "LeNet5",
+    "NetworkInNetwork",
+    "Normalize",
+    "ResNet32",
+    "build",
+    "initialize",
+    "names",
+]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -117,18 +141,279 @@ class DigitsCNN(nn.Module):
         return self.head(self.features(x))
 
 
+class LeNet5(nn.Module):
+    """LeNet-5 with ReLU and max-pooling; by default the classic sizes.
+
+    | layer | classic | wide: ``channels=(32, 64), hidden=(512,), padding=0`` |
+    |---|---|---|
+    | conv 5x5, ``padding``; ReLU; max-pool 2 | 6 x 14 x 14 | 32 x 12 x 12 |
+    | conv 5x5; ReLU; max-pool 2 | 16 x 5 x 5 | 64 x 4 x 4 |
+    | dense; ReLU | 120 | 512 |
+    | dense; ReLU | 84 | |
+    | dense | K | K |
+
+    Args:
+        classes: number of classes K.
+        channels: filters of the two convolutions.
+        hidden: sizes of the hidden dense layers.
+        padding: of the first convolution; 2 for the classic 32x32 field on 28x28 images.
+        shape: (C, H, W) of an image.
+        activation: one of ``ACTIVATIONS``.
+        dropout: probability of dropping a unit before the first and after each hidden dense layer.
+
+    Source: LeCun et al. (1998), section II.B, with the usual ReLU, pooling and full connections;
+    wide: Matyasko (2020), section 3.6, and its published code.
+    """
+
+    def __init__(
+        self,
+        classes: int = 10,
+        channels: tuple[int, int] = (6, 16),
+        hidden: Sequence[int] = (120, 84),
+        padding: int = 2,
+        shape: tuple[int, int, int] = (1, 28, 28),
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        sides = [((n + 2 * padding - 4) // 2 - 4) // 2 for n in shape[1:]]
+        if min(sides) < 1:
+            raise ValueError(f"LeNet5 takes images of 12x12 at least after padding, not {shape}")
+        self.shape = tuple(shape)
+        self.features = nn.Sequential(
+            nn.Conv2d(shape[0], channels[0], 5, padding=padding),
+            *_hidden(activation),
+            nn.MaxPool2d(2),
+            nn.Conv2d(channels[0], channels[1], 5),
+            *_hidden(activation),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
+        sizes = (channels[1] * sides[0] * sides[1], *hidden, classes)
+        self.head = nn.Sequential(*_dropout(dropout), MLP(sizes, activation, dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) images of ``shape`` to (B, K) logits."""
+        _check_images(self, x, self.shape[0], self.shape[1:])
+        return self.head(self.features(x))
+
+
+class NetworkInNetwork(nn.Module):
+    """Network in Network for CIFAR: every convolution is followed by two of 1x1, then ReLUs.
+
+    | block | convolutions, each with ReLU | then | output |
+    |---|---|---|---|
+    | 1 | 192@5x5, 160@1x1, 96@1x1 | max-pool 3, stride 2; dropout | 96 x 16 x 16 |
+    | 2 | 192@5x5, 192@1x1, 192@1x1 | average-pool 3, stride 2; dropout | 192 x 8 x 8 |
+    | 3 | 192@3x3, 192@1x1, K@1x1 | global average | K |
+
+    Weights start He-normal. The class maps are averaged after their ReLU, as in the authors' model.
+
+    Args:
+        classes: number of classes K.
+        channels: channels of an image.
+        dropout: probability of dropping a unit after each pooling.
+
+    Source: Lin, Chen, Yan (2014), section 3 and figure 2; sizes of the authors' CIFAR-10 model.
+    """
+
+    def __init__(self, classes: int = 10, channels: int = 3, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.channels = channels
+        # Pools round up, so that 32 -> 16 -> 8 without padding values.
+        self.layers = nn.Sequential(
+            *_mlpconv(channels, (192, 160, 96), 5),
+            nn.MaxPool2d(3, 2, ceil_mode=True),
+            nn.Dropout(dropout),
+            *_mlpconv(96, (192, 192, 192), 5),
+            nn.AvgPool2d(3, 2, ceil_mode=True),
+            nn.Dropout(dropout),
+            *_mlpconv(192, (192, 192, classes), 3),
+        )
+        initialize(self, "he")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) images, H and W at least 6, to (B, K) logits."""
+        _check_images(self, x, self.channels, least=6)
+        return self.layers(x).mean(dim=(2, 3))
+
+
+def _mlpconv(inputs: int, outputs: Sequence[int], size: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, after in pairwise((inputs, *outputs)):
+        kernel = size if not layers else 1
+        layers += [nn.Conv2d(before, after, kernel, padding=kernel // 2), nn.ReLU()]
+    return layers
+
+
+class DenseNet40(nn.Module):
+    """DenseNet of 40 layers for CIFAR: each layer sees the maps of all before it in its block.
+
+    | stage | layers | output, k = 12 |
+    |---|---|---|
+    | conv 16@3x3 | 1 | 16 x 32 x 32 |
+    | 3 blocks of 12 x (norm, ReLU, conv k@3x3, dropout), concatenated | 36 | 160, 304, 448 maps |
+    | between blocks: norm, ReLU, conv 1x1 (as many maps), dropout, average-pool 2 | 2 | |
+    | norm, ReLU, global average, dense K | 1 | K |
+
+    The plain form, without bottlenecks and compression. Weights start He-normal.
+
+    Args:
+        classes: number of classes K.
+        channels: channels of an image.
+        growth: maps k that each layer adds.
+        dropout: probability of dropping a unit after each convolution but the first.
+
+    Source: Huang, Liu, van der Maaten, Weinberger (2017), sections 3 and 4.2; table 2: L = 40,
+    k = 12, 1.0 M parameters, dropout 0.2 where no augmentation is used.
+    """
+
+    def __init__(
+        self, classes: int = 10, channels: int = 3, growth: int = 12, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        width = 16
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+        for block in range(3):
+            if block:
+                layers += [_norm_conv(width, width, 1, dropout), nn.AvgPool2d(2)]
+            for _ in range(12):
+                layers.append(_Grow(_norm_conv(width, growth, 3, dropout)))
+                width += growth
+        layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(width, classes)
+        initialize(self, "he")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) images, H and W at least 4, to (B, K) logits."""
+        _check_images(self, x, self.channels, least=4)
+        return self.head(self.layers(x).mean(dim=(2, 3)))
+
+
+class _Grow(nn.Module):
+    """Append to a layer's input what the layer makes of it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.layer(x)], dim=1)
+
+
+def _norm_conv(inputs: int, outputs: int, kernel: int, dropout: float) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), conv, *_dropout(dropout))
+
+
+class ResNet32(nn.Module):
+    """ResNet of 32 layers for CIFAR, 6 n + 2 with n = 5.
+
+    | stage | layers | output |
+    |---|---|---|
+    | conv 16@3x3, norm, ReLU | 1 | 16 x 32 x 32 |
+    | 5 residual blocks of 2 x conv 16@3x3 | 10 | 16 x 32 x 32 |
+    | 5 residual blocks of 2 x conv 32@3x3, first stride 2 | 10 | 32 x 16 x 16 |
+    | 5 residual blocks of 2 x conv 64@3x3, first stride 2 | 10 | 64 x 8 x 8 |
+    | global average, dense K | 1 | K |
+
+    Shortcuts have no parameters (option A): where a stage halves the image, they take every second
+    pixel and pad the new maps with zeros. Weights start He-normal.
+
+    Args:
+        classes: number of classes K.
+        channels: channels of an image.
+
+    Source: He, Zhang, Ren, Sun (2016), section 4.2; table 6: 0.46 M parameters.
+    """
+
+    def __init__(self, classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        self.channels = channels
+        widths = [16] * 6 + [32] * 5 + [64] * 5
+        blocks = [_Residual(before, after) for before, after in pairwise(widths)]
+        stem = (nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.layers = nn.Sequential(*stem, *blocks)
+        self.head = nn.Linear(64, classes)
+        initialize(self, "he")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) images to (B, K) logits."""
+        _check_images(self, x, self.channels)
+        return self.head(self.layers(x).mean(dim=(2, 3)))
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions around an option-A shortcut; stride 2 where the width grows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.stride, self.grown = (1, 0) if inputs == outputs else (2, outputs - inputs)
+        self.residual = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, self.stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        half = self.grown // 2
+        shortcut = nn.functional.pad(shortcut, (0, 0, 0, 0, half, self.grown - half))
+        return torch.relu(self.residual(x) + shortcut)
+
+
+def initialize(model: nn.Module, kind: Literal["he", "glorot"]) -> nn.Module:
+    """Draw the weights of all linear maps and convolutions anew, in place; set their biases to 0.
+
+    Args:
+        model: any network.
+        kind: ``"he"``, normal with variance 2 / fan-in, or ``"glorot"``, uniform with variance
+            2 / (fan-in + fan-out). Draws come from the global random state.
+
+    Returns:
+        The same network.
+
+    Source: He et al. (2015), eq. (10); Glorot and Bengio (2010), eq. (16).
+    """
+    if kind not in ("he", "glorot"):
+        raise ValueError(f"initialize takes 'he' or 'glorot', not {kind!r}")
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            if kind == "he":
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
 def names() -> tuple[str, ...]:
     """The networks that ``build`` knows."""
     return tuple(_MODELS)
 
 
-def build(name: str, *, seed: int | None = None, **settings: Any) -> nn.Module:
+def build(
+    name: str,
+    *,
+    seed: int | None = None,
+    init: Literal["he", "glorot"] | None = None,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    **settings: Any,
+) -> nn.Module:
     """Construct a network by name, in training mode, on the CPU.
 
     Args:
         name: one of ``names()``.
         seed: seed of the initial weights; the global random state is left as it was. Without it
             the weights come from the global random state, as for every torch module.
+        init: weights by ``initialize`` instead of the network's own.
+        normalize: means and standard deviations of the channels; puts ``Normalize`` in front, and
+            the network becomes ``nn.Sequential(Normalize, network)``.
         settings: arguments of the network's class, over those that the name implies.
 
     Raises:
@@ -137,12 +422,15 @@ def build(name: str, *, seed: int | None = None, **settings: Any) -> nn.Module:
     """
     if name not in _MODELS:
         raise ValueError(f"no network {name!r}; there are {', '.join(names())}")
-    if seed is None:
-        return _MODELS[name](**settings)
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reseed the accelerators as well, which fork_rng then leaves so.
-        torch.default_generator.manual_seed(seed)
-        return _MODELS[name](**settings)
+    if seed is not None:
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would reseed the accelerators too, and fork_rng leave them so.
+            torch.default_generator.manual_seed(seed)
+            return build(name, init=init, normalize=normalize, **settings)
+    model = _MODELS[name](**settings)
+    if init is not None:
+        initialize(model, init)
+    return model if normalize is None else nn.Sequential(Normalize(*normalize), model)
 
 
 def _hidden(activation: str, dropout: float = 0.0) -> list[nn.Module]:
@@ -156,11 +444,28 @@ def _dropout(p: float) -> list[nn.Module]:
 
 
 def _check_images(
-    model: nn.Module, x: Tensor, channels: int, size: tuple[int, int] | None = None
+    model: nn.Module, x: Tensor, channels: int, size: tuple[int, ...] = (), least: int = 1
 ) -> None:
-    if x.ndim != 4 or x.shape[1] != channels or (size and x.shape[2:] != size):
-        want = f"(B, {channels}, {size[0]}, {size[1]})" if size else f"(B, {channels}, H, W)"
-        raise ValueError(f"{type(model).__name__} takes images {want}, not {tuple(x.shape)}")
+    """Refuse what is not (B, ``channels``, H, W), with (H, W) = ``size`` or at least ``least``."""
+    fits = x.ndim == 4 and x.shape[1] == channels and x.shape[2:] == (size or x.shape[2:])
+    if not fits or min(x.shape[2:]) < least:
+        sides = (
+            f"{size[0]}, {size[1]})" if size else "H, W)" + f" with H, W >= {least}" * (least > 1)
+        )
+        raise ValueError(
+            f"{type(model).__name__} takes images (B, {channels}, {sides}, not {tuple(x.shape)}"
+        )
 
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "digits-cnn": DigitsCNN}
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "fcnn": partial(MLP, (784, 150, 100, 10)),
+    "mlp-1000": partial(MLP, (784, 1000, 1000, 1000, 10)),
+    "mlp-1200": partial(MLP, (784, 1200, 1200, 1200, 10)),
+    "digits-cnn": DigitsCNN,
+    "lenet5": LeNet5,
+    "lenet5-wide": partial(LeNet5, channels=(32, 64), hidden=(512,), padding=0),
+    "nin": NetworkInNetwork,
+    "densenet40": DenseNet40,
+    "resnet32": ResNet32,
+}
