@@ -1,0 +1,350 @@
+"""Trained networks by name: how each was made, what it is worth, and making it again.
+
+``adv/weights/manifest.toml`` holds an entry for each: the recipe (network, data, loss, training,
+seed, and the attack under which its accuracy is stated), written by people, and the record (hash,
+accuracies, time, device), written by ``store``.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import adv.lab
+from adv.lab import data, models
+from adv.lab.evaluation import accuracy, robust_accuracy
+from adv.lab.training import Loss, cross_entropy, fit
+
+__all__ = ["Comparison", "Entry", "entry", "load", "names", "store", "train"]
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+MANIFEST = "manifest.toml"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One network of the manifest.
+
+    Args:
+        name: such as ``"digits/cnn"``.
+        data: name of its data set, for ``lab.data.load``.
+        model: ``name`` and settings, for ``lab.models.build``.
+        training: settings of ``lab.training.fit``; ``best = true`` keeps the best epoch on ``val``.
+        loss: ``name`` such as ``"adversarial.trades"`` (a factory in ``adv.defenses``) and its
+            settings; cross-entropy where empty.
+        attack: ``name`` such as ``"gradient.pgd"`` (in ``adv.attacks``), ``eps``, ``norm`` and
+            settings, under which the robust accuracy is stated; ``samples`` limits the test images.
+            Empty for a network that does not classify, which then has no accuracies.
+        seed: of the initial weights and of the training.
+        cached: weights too large for the package, which live in the user's cache once trained.
+        record: what ``store`` measured: ``command``, ``sha256``, ``parameters``, ``clean`` and ``robust``
+            (fractions of 1, on the test set), ``seconds``, ``device``, ``threads``, ``torch``.
+    """
+
+    name: str
+    data: str
+    model: Mapping[str, Any]
+    training: Mapping[str, Any]
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    attack: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    cached: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """The command line that makes these weights again."""
+        return f"adv train {self.name}"
+
+    @property
+    def path(self) -> Path:
+        """The file of its weights, in the package or in the user's cache."""
+        return (_cache() if self.cached else WEIGHTS) / f"{self.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A network trained again, beside the stored one.
+
+    Args:
+        name: the network.
+        made: record of the new weights.
+        stored: record of the stored ones; empty where there are none.
+        difference: largest absolute difference of a weight; None without stored weights.
+        agreement: share of the test set that both put into the same class; None without stored
+            weights, or for a network that does not classify.
+        path: where the new weights were written; None where nowhere.
+    """
+
+    name: str
+    made: Mapping[str, Any]
+    stored: Mapping[str, Any]
+    difference: float | None
+    agreement: float | None
+    path: Path | None
+
+    def __str__(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"{self.name}: {self.made['parameters']:,} parameters"]
+        lines[0] += f", {self.made['seconds']:.0f} s on {self.made['device']}"
+        for key, what in (("clean", "test accuracy"), ("robust", "under attack")):
+            if key in self.made:
+                before = f" (stored: {self.stored[key]:.2%})" if key in self.stored else ""
+                lines.append(f"  {what:<24}{self.made[key]:.2%}{before}")
+        if self.difference is None:
+            lines.append("  nothing stored to compare with")
+        else:
+            lines.append(f"  {'largest difference':<24}{self.difference:.3g}")
+        if self.agreement is not None:
+            lines.append(f"  {'same predictions':<24}{self.agreement:.2%}")
+        if self.path is not None:
+            lines.append(f"  written to {self.path}")
+        return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def names() -> tuple[str, ...]:
+    """The networks of the manifest, in its order."""
+    return tuple(_manifest())
+
+
+def entry(name: str) -> Entry:
+    """A network's recipe and record.
+
+    Raises:
+        ValueError: unknown name; the message lists those there are.
+    """
+    entries = _manifest()
+    if name not in entries:
+        raise ValueError(f"no network {name!r} in the zoo; there are {', '.join(entries)}")
+    return Entry(name, **entries[name])
+
+
+def load(name: str, device: torch.device | str | None = None) -> nn.Module:
+    """A trained network, in evaluation mode.
+
+    Args:
+        name: one of ``names()``, such as ``"digits/cnn"``.
+        device: where to put it; by default the CPU.
+
+    Returns:
+        The network; its parameters can be trained further.
+
+    Raises:
+        ValueError: unknown name, or a file that is not the one of the record.
+        FileNotFoundError: no weights yet; the message says how to make them.
+    """
+    wanted = entry(name)
+    if not wanted.path.is_file():
+        raise FileNotFoundError(f"no weights at {wanted.path}; make them with: {wanted.command}")
+    record, found = _record(wanted), _sha256(wanted.path)
+    if found != record.get("sha256"):
+        raise ValueError(
+            f"{wanted.path} has sha256 {found}, its record says {record.get('sha256')}: the file "
+            f"was changed or cut short; restore it, or make it again with: {wanted.command}"
+        )
+    model = models.build(**wanted.model)
+    model.load_state_dict(load_file(wanted.path))
+    return model.to(device or "cpu").eval()
+
+
+# ---------------------------------------------------------------------------------------- making
+
+
+def train(name: str, out: Path | str | None = None, *, progress: bool = True) -> Comparison:
+    """Make a network again by its recipe and say how far it differs from the stored one.
+
+    On the machine and with the number of threads of the record the weights come out the same to
+    the last bit; elsewhere sums are rounded in another order, and training carries that on.
+
+    Args:
+        name: one of ``names()``.
+        out: file to write the new weights to. By default nothing is written, except that a network
+            of the user's cache that is not there yet goes there.
+        progress: show the progress bar.
+
+    Raises:
+        ValueError: unknown name, or what the recipe's parts refuse.
+    """
+    wanted = entry(name)
+    there = wanted.path.is_file()
+    model, made = _make(wanted, progress)
+    stored = load(name) if there else None
+    if out is None and wanted.cached and not there:
+        out = wanted.path
+    if out is not None:
+        made |= {"sha256": _write(model, Path(out))}
+        if Path(out) == wanted.path and wanted.cached:
+            wanted.path.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
+    return Comparison(
+        name=name,
+        made=made,
+        stored={} if stored is None else _record(wanted),
+        difference=None if stored is None else _difference(model, stored),
+        agreement=None if stored is None else _agreement(wanted, model, stored),
+        path=None if out is None else Path(out),
+    )
+
+
+def store(name: str, *, progress: bool = True) -> Comparison:
+    """Train a network of the package and make the result its stored weights and record.
+
+    For those who add or change a recipe; a reader wants ``train``.
+
+    Args:
+        name: one of ``names()``, not of the user's cache.
+        progress: show the progress bar.
+
+    Returns:
+        The comparison with what was stored before.
+    """
+    wanted = entry(name)
+    if wanted.cached:
+        raise ValueError(f"{name} belongs in the user's cache; use train({name!r})")
+    partial = wanted.path.with_suffix(".part")
+    told = replace(train(name, partial, progress=progress), path=wanted.path)
+    partial.replace(wanted.path)
+    # Read again: another recipe may have been stored while this one was training.
+    entries = _manifest()
+    entries[name]["record"] = dict(told.made)
+    (WEIGHTS / MANIFEST).write_text(_toml(entries), encoding="utf-8")
+    return told
+
+
+def _make(wanted: Entry, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Train by the recipe and measure."""
+    place = adv.lab.device()
+    source = data.load(wanted.data)
+    model = models.build(**wanted.model, seed=wanted.seed).to(place)
+    settings = dict(wanted.training)
+    val = source.val if settings.pop("best", False) else None
+    start = time.perf_counter()
+    fit(
+        model,
+        source.train,
+        val=val,
+        loss=_loss(wanted.loss),
+        seed=wanted.seed,
+        progress=progress,
+        **settings,
+    )
+    seconds = time.perf_counter() - start
+    return model.cpu(), {
+        "command": wanted.command,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **_accuracies(wanted, model, source),
+        "seconds": round(seconds, 1),
+        "device": place.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _accuracies(wanted: Entry, model: nn.Module, source: data.Data) -> dict[str, float]:
+    if not wanted.attack:
+        return {}
+    settings = dict(wanted.attack)
+    attack = _resolve("adv.attacks", settings.pop("name"))
+    some = source.test.take(settings.pop("samples", len(source.test)))
+    return {
+        "clean": accuracy(model, source.test.x, source.test.y),
+        "robust": round(robust_accuracy(model, some.x, some.y, attack, **settings), 6),
+    }
+
+
+def _difference(model: nn.Module, stored: nn.Module) -> float:
+    pairs = zip(model.state_dict().values(), stored.state_dict().values(), strict=True)
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+
+
+@torch.no_grad()
+def _agreement(wanted: Entry, model: nn.Module, stored: nn.Module) -> float | None:
+    if not wanted.attack:
+        return None
+    chunks = data.load(wanted.data).test.x.split(1000)
+    same = [model(x).argmax(1) == stored(x).argmax(1) for x in chunks]
+    return float(torch.cat(same).double().mean())
+
+
+def _loss(recipe: Mapping[str, Any]) -> Loss:
+    settings = dict(recipe)
+    if not settings:
+        return cross_entropy
+    return _resolve("adv.defenses", settings.pop("name"))(**settings)
+
+
+def _resolve(package: str, name: str) -> Callable[..., Any]:
+    """``"adversarial.trades"`` to the function of that module of the package."""
+    module, _, function = name.partition(".")
+    try:
+        return getattr(importlib.import_module(f"{package}.{module}"), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} is no MODULE.FUNCTION in {package}") from error
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def _manifest() -> dict[str, dict[str, Any]]:
+    return tomllib.loads((WEIGHTS / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _record(wanted: Entry) -> Mapping[str, Any]:
+    """In the manifest; for weights of the user's cache, in a file beside them."""
+    beside = wanted.path.with_suffix(".json")
+    return json.loads(beside.read_text()) if wanted.cached and beside.is_file() else wanted.record
+
+
+def _cache() -> Path:
+    """``ADV_CACHE``, or ``adv`` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ADV_CACHE") or Path(home) / "adv")
+
+
+def _write(model: nn.Module, path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(tensors, path)
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+HEADER = """\
+# The networks of the zoo. People write the recipes (data, model, loss, training, attack, seed);
+# `record` is written by adv.lab.zoo.store, which trains by the recipe. `adv train NAME` makes any
+# of them again and compares.
+"""
+
+
+def _toml(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The manifest, one key a line; JSON's strings, numbers and lists are TOML's as well."""
+    blocks = [HEADER]
+    for name, parts in entries.items():
+        lines = [f"{key} = {_value(value)}" for key, value in parts.items()]
+        blocks.append("\n".join([f"[{json.dumps(name)}]", *lines, ""]))
+    return "\n".join(blocks)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value)
