@@ -16,14 +16,15 @@ from adv.attacks.common import (
     check_inputs,
     class_gradients,
     eval_mode,
+    expand,
     generator,
     is_adversarial,
     settled,
 )
-from adv.geometry import Box, Norm, dual_norm, exponent, room, steepest
-from adv.geometry import norm as length
+from adv.geometry import Norm, dual_norm, exponent, steepest
+from adv.geometry import norm as norm_of
 
-__all__ = ["deepfool", "hyperplane_step"]
+__all__ = ["boundary_step", "deepfool"]
 
 
 def deepfool(
@@ -43,13 +44,13 @@ def deepfool(
 
     With $w_j=\nabla f_j-\nabla f_y$ and $F_j=f_j-f_y$, the boundary with class $j$ is the
     hyperplane $F_j+w_j^\top r=0$, at distance $|F_j|/\|w_j\|_q$; the nearest one is stepped onto,
-    $r=\frac{|F_j|}{\|w_j\|_q^q}\operatorname{sign}(w_j)\odot|w_j|^{q-1}$. Distances and steps
-    respect the bounds (``hyperplane_step``). The search of a sample ends at the first adversarial
-    point among the iterates $x+r$ and the points $x+(1+\eta)r$. On an affine model the first step
-    finds the exact minimum.
+    $r=\frac{|F_j|}{\|w_j\|_q^q}\operatorname{sign}(w_j)\odot|w_j|^{q-1}$, clipped to the bounds,
+    and the model linearized anew. The search of a sample ends at the first adversarial point among
+    the iterates $x+r$ and the points $x+(1+\eta)r$. On an affine model one step is exact, as long
+    as the bounds stay away.
 
     Toward a target $t$ the same is done with the halfspaces $f_t>f_j$, stepping onto the farthest
-    of those that are violated; this finds the target's region but not its nearest point.
+    boundary of those that are violated; this reaches the target's region, not its nearest point.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits.
@@ -85,14 +86,14 @@ def deepfool(
 
     def keep(point: Tensor, logits: Tensor) -> None:
         adversarial = is_adversarial(logits, y, targeted)
-        best.update(point, length(point - x, norm), adversarial & ~best.found)
+        best.update(point, norm_of(point - x, norm), adversarial & ~best.found)
 
     with torch.no_grad(), eval_mode(model):
         for step in range(steps):
             logits, jacobian = class_gradients(model, x_adv)
             keep(x_adv, logits)
             jacobian = watch.see(jacobian, best.found)
-            r, distance = _nearest(logits, jacobian, y, norm, room(x_adv, bounds), targeted)
+            r, distance = boundary_step(logits, jacobian, y, norm, targeted)
             if observe is not None:
                 observe(step, {"x_adv": x_adv, "logits": logits, "distance": distance})
             x_adv = (x_adv + r).clamp(*bounds)
@@ -104,67 +105,40 @@ def deepfool(
     return best.x_adv
 
 
-def hyperplane_step(
-    w: Float[Tensor, "N d"], gap: Float[Tensor, " N"], norm: Norm, box: Box
-) -> tuple[Float[Tensor, "N d"], Float[Tensor, " N"]]:
-    r"""The smallest step onto a hyperplane inside a box: $\min\|\delta\|_p$, $w^\top\delta=c$.
+def boundary_step(
+    logits: Float[Tensor, "B K"],
+    jacobian: Float[Tensor, "B K ..."],
+    y: Int[Tensor, " B"],
+    norm: Norm,
+    targeted: bool = False,
+) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B K"]]:
+    r"""The smallest step onto a boundary of the linearized model, and the distances to all of them.
 
-    $\delta_i=\operatorname{sign}(w_i)\min(\lambda|w_i|^{q-1},c_i)$, where $c_i$ is the room in the
-    direction of $w_i$: all entries grow together, each until it meets its face. $w^\top\delta$ is
-    concave and piecewise linear in $\lambda$, which is found by sorting the faces. While none is
-    met, $\lambda=c/\|w\|_q^q$: the closed form without a box.
+    The boundary with class $j$ is the hyperplane $F_j+w_j^\top\delta=0$; the step onto it is its
+    distance $|F_j|/\|w_j\|_q$ times the steepest unit direction of $w_j$. It aims beyond the
+    boundary by the tolerance below which a margin does not count.
 
     Args:
-        w: (N, d) normals.
-        gap: (N,) what the step must gain, $c\ge0$.
-        norm: any $p>1$, ``"l2"`` or ``"linf"``.
-        box: its limits $lo\le0\le hi$, each (N, d).
+        logits: (B, K) at the point of linearization.
+        jacobian: (B, K, ...) class gradients there.
+        y: (B,) true labels, or targets where ``targeted``.
+        norm: ``"l2"``, ``"linf"``, or any number $p>1$.
+        targeted: step onto the farthest boundary that parts the point from class ``y``.
 
     Returns:
-        Steps (N, d) and their norms (N,). Where the box ends too early: the corner that gains most,
-        and an infinite norm.
+        Steps (B, ...), zero where every $w_j=0$, and distances (B, K), infinite where $w_j=0$.
 
-    Source: Moosavi-Dezfooli et al. (2016); Croce and Hein (2020) for the box; chapter
-    ``first_example``.
+    Source: Matyasko (2020), (2.18) as corrected by errata 10; chapter ``first_example``.
     """
-    v = steepest(w, norm)
-    speed, cap = v.abs(), torch.where(w > 0, box[1], -box[0])
-    meets = torch.where(speed > 0, cap / speed, math.inf)
-    meets, order = meets.sort(dim=1)
-    start = torch.zeros_like(gap)[:, None]
-    weight = w.abs().gather(1, order)
-    # Before the k-th face is met, the first k entries stand still and the others still move.
-    gained = torch.cat([start, (weight * cap.gather(1, order)).cumsum(dim=1)], dim=1)
-    rates = (weight * speed.gather(1, order)).flip(1).cumsum(dim=1).flip(1)
-    rates = torch.cat([rates, start], dim=1)
-    reached = gained[:, :-1] + torch.where(rates[:, :-1] > 0, meets * rates[:, :-1], 0.0)
-    met = (reached < gap[:, None]).sum(dim=1, keepdim=True)
-    enough = met < w.shape[1]
-    level = (gap[:, None] - gained.gather(1, met)).clamp_min(0) / rates.gather(1, met)
-    level = torch.where(enough, level, math.inf)
-    delta = v.sign() * torch.where(speed > 0, torch.minimum(level * speed, cap), 0.0)
-    return delta, torch.where(enough.squeeze(1), length(delta, norm), math.inf)
-
-
-def _nearest(
-    logits: Tensor, jacobian: Tensor, y: Tensor, norm: Norm, box: Box, targeted: bool
-) -> tuple[Tensor, Tensor]:
-    """The step to one linearized boundary (B, ...), and the distances to all of them (B, K)."""
-    count, classes = logits.shape
-    own, rows = y[:, None], jacobian.flatten(2)
-    w = rows - rows.gather(1, own[:, :, None].expand(-1, -1, rows.shape[2]))
+    own, rows = y[:, None], torch.arange(len(y), device=y.device)
     score = logits - logits.gather(1, own)
-    beyond = 2 * TOLERANCE * logits.abs().amax(dim=1, keepdim=True)  # ties do not count
+    w = jacobian - jacobian[rows, y][:, None]
+    beyond = 2 * TOLERANCE * logits.abs().amax(dim=1, keepdim=True)
     gap = (score + beyond).clamp_min(0) if targeted else score.abs() + beyond
-    w = (-w if targeted else w).flatten(0, 1)
-    limits = [side.flatten(1).repeat_interleave(classes, dim=0) for side in box]
-    step, distance = hyperplane_step(w, gap.flatten(), norm, (limits[0], limits[1]))
-    # Boundaries out of the box's reach come after all others, by their distance without a box.
-    reach = length(box[1] - box[0], norm)[:, None]
-    free = gap / dual_norm(w, norm).view_as(gap)
-    distance = distance.view_as(gap)
-    rank = torch.where(distance < math.inf, distance, reach + free)
-    rank = rank.scatter(1, own, -math.inf if targeted else math.inf)
-    chosen = rank.argmax(dim=1) if targeted else rank.argmin(dim=1)
-    picked = step.view(count, classes, -1)[torch.arange(count, device=y.device), chosen]
-    return picked.view_as(box[0]), distance
+    slope = dual_norm(w.flatten(0, 1), norm).view_as(gap)
+    distance = torch.where(slope > 0, gap / slope, math.inf).scatter(1, own, math.inf)
+    reachable = torch.where(distance < math.inf, distance, 0.0)
+    chosen = reachable.argmax(dim=1) if targeted else distance.argmin(dim=1)
+    direction = steepest(w[rows, chosen], norm)
+    length = reachable[rows, chosen]
+    return expand(-length if targeted else length, direction) * direction, distance
