@@ -102,6 +102,7 @@ def test_compare_takes_rows_of_a_results_file(folder):
     assert table["error (percent)", "ours"].tolist() == ["—", "19.0 ± 1.2"]
     assert table["rho", "ours"].tolist() == ["—", "—"]
     assert (compare("toy", "1")["rho", "ours"] == "—").all()
+    assert compare("toy", "1", ours={"a": {"how": 1 / 3}})["how", "ours"].iloc[0] == "0.33"
 
 
 def test_compare_names_what_is_unknown(folder):

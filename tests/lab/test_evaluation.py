@@ -178,7 +178,8 @@ def cheat(kind):
     def attack(model, x, y, *, eps, norm="linf", bounds=(0.0, 1.0), seed=0):
         return {
             "far": x + 1.01 * eps,
-            "outside": x - 1.0,
+            "below": x - 1.0,
+            "above": x + 1.0,
             "nan": x * math.nan,
             "shape": x[:1],
             "dtype": x.float(),
@@ -188,11 +189,12 @@ def cheat(kind):
     return attack
 
 
-@pytest.mark.parametrize("kind", ["far", "outside", "nan", "shape", "dtype"])
+@pytest.mark.parametrize("kind", ["far", "below", "above", "nan", "shape", "dtype"])
 def test_cheating_attacks_are_refused(problem, kind):
     model, x, y, _, _ = problem
+    radius = 2.0 if kind in ("below", "above") else 0.1
     with pytest.raises(ValueError, match=r"the attack (left|returned)"):
-        ev.robust_accuracy(model, x, y, cheat(kind), 0.1)
+        ev.robust_accuracy(model, x, y, cheat(kind), radius)
     ev.robust_accuracy(model, x, y, cheat("rounding"), 0.1)
 
 
@@ -284,4 +286,18 @@ def test_report(problem):
     drawn = [line.get_ydata() for line in figure.axes[0].lines]
     assert np.allclose(100 * np.array(drawn), parts.to_numpy())
     assert [ax.get_title() for ax in figure.axes] == ["first", "second"]
+    mpl.pyplot.close("all")
+
+
+def test_report_joins_attacks_that_fool_different_samples(problem):
+    model, x, y, _, _ = problem
+
+    def only(label, model, x, y, *, eps, norm="linf", bounds=(0.0, 1.0), seed=0):
+        fooled = exact(model, x, y, eps=eps, norm=norm)
+        return torch.where((y == label).reshape(-1, 1, 1, 1), fooled, x)
+
+    attacks = {"zeros": partial(only, 0), "ones": partial(only, 1), "both": exact}
+    table, _ = ev.report({"m": model}, x, y, attacks, [0.02], norm="linf")
+    zeros, ones, both, joined = table[0.02]
+    assert joined == both < min(zeros, ones)
     mpl.pyplot.close("all")

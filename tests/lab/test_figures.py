@@ -75,6 +75,7 @@ def test_no_change_is_white_and_the_scale_is_written():
 def test_curves_differ_without_color():
     x = np.linspace(0, 0.3, 4)
     values = {f"model {i}": np.linspace(1, i / 10, 4) for i in range(7)}
+    mpl.rcdefaults()  # nor does this depend on style()
     ax = figures.curve(x, values, spread={"model 2": np.full(4, 0.1)})
     looks = {(repr(line._unscaled_dash_pattern), line.get_marker()) for line in ax.lines}
     assert len(looks) == 7
