@@ -246,7 +246,9 @@ def trades(
     step_size: float | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Loss:
-    r"""TRADES: cross-entropy plus $\beta\max_{\|\delta\|_p\le\varepsilon}\mathrm{KL}(p(x)\|p(x+\delta))$.
+    r"""TRADES: cross-entropy and the largest divergence of the predictions in a ball, priced.
+
+    $\mathrm{CE}(f(x),y)+\beta\max_{\|\delta\|_p\le\varepsilon}\mathrm{KL}(p(x)\|p(x+\delta))$.
 
     The first term is accuracy, the second the price of a boundary near the data. Both predictions
     in the divergence are differentiated.
@@ -302,7 +304,7 @@ def ascend(
     bounds: Bounds = (0.0, 1.0),
     seed: int = 0,
 ) -> Float[Tensor, "B ..."]:
-    r"""Climb any objective of the input inside ball and box, without a label; return the last point.
+    r"""Climb any objective of the input inside ball and box; the last point counts.
 
     It starts at a random point of the ball, since a divergence from the prediction at ``x`` has a
     zero gradient at ``x``.

@@ -47,7 +47,7 @@ class Entry:
             Empty for a network that does not classify, which then has no accuracies.
         seed: of the initial weights and of the training.
         cached: weights too large for the package, which live in the user's cache once trained.
-        record: what ``store`` measured: ``command``, ``sha256``, ``parameters``, ``clean`` and ``robust``
+        record: written by ``store``: ``command``, ``sha256``, ``parameters``, ``clean``, ``robust``
             (fractions of 1, on the test set), ``seconds``, ``device``, ``threads``, ``torch``.
     """
 
