@@ -1,7 +1,7 @@
 """The book's own Sphinx extension: what Jupyter Book and its theme don't do by themselves.
 
 * The ledger is written before the build.
-* ``$...$`` in docstrings is mathematics on the API page.
+* ``$...$`` in docstrings is mathematics on the API page, and pipe tables are tables.
 * Each chapter's page offers its executed notebook for download.
 * Each theorem lists the places that refer to it, so that the links go both ways.
 * Launch buttons appear only where the repository's address is set.
@@ -49,6 +49,26 @@ def render_math(_app: Sphinx, *args: Any) -> None:
     text = re.sub(r"\$\$(.+?)\$\$", lambda m: f":math:`{one_line(m[1])}`", text, flags=re.DOTALL)
     text = re.sub(r"\$([^$]+?)\$", lambda m: f":math:`{one_line(m[1])}`", text)
     lines[:] = text.split("\n")
+
+
+def render_tables(_app: Sphinx, *args: Any) -> None:
+    """Turn a docstring's pipe tables into reStructuredText's list tables."""
+    lines: list[str] = args[-1]
+    done: list[str] = []
+    for row, line in enumerate(lines):
+        text = line.strip()
+        if not text.startswith("|"):
+            done.append(line)
+            continue
+        indent = " " * (len(line) - len(line.lstrip()))
+        cells = [cell.strip() for cell in text.strip("|").split("|")]
+        if set(text) <= set("|-: "):
+            continue
+        if row == 0 or not lines[row - 1].strip().startswith("|"):
+            done += ["", f"{indent}.. list-table::", f"{indent}   :header-rows: 1", ""]
+        marks = ["* -"] + ["  -"] * (len(cells) - 1)
+        done += [f"{indent}   {mark} {cell}" for mark, cell in zip(marks, cells, strict=True)]
+    lines[:] = done
 
 
 def one_line(text: str) -> str:
@@ -144,6 +164,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", write_ledger, priority=1)
     app.connect("config-inited", adjust_theme, priority=1)
     app.connect("autodoc-process-docstring", render_math)
+    app.connect("autodoc-process-docstring", render_tables)
     app.connect("doctree-read", collect_uses)
     app.connect("env-purge-doc", purge_uses)
     app.connect("env-updated", pages_with_theorems)

@@ -295,7 +295,7 @@ class Best:
             allowed: (B,) booleans, the points that count (default all).
 
         Returns:
-            (B,) booleans: the samples whose kept point changed.
+            (B,) booleans, the samples whose kept point changed.
         """
         better = distance < self.distance
         if allowed is not None:

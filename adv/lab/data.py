@@ -297,7 +297,7 @@ DOWNLOADS: dict[str, tuple[Download, ...]] = {
             (
                 "0B7EVK8r0v71pZjFTYXZWM3FlRnM",
                 "0B7EVK8r0v71pblRyaVFSWGxPY0U",
-                "0B7EVK8r0v71pd0FJY3Blby1HUTQ",
+                "0B7EVK8r0v71pY0NSMzRuSXJEVkk",
             ),
             FILES["celeba"],
             strict=True,
@@ -329,7 +329,7 @@ def load(name: str, *, download: bool = False, limit: int | None = None) -> Data
             No more images of ``celeba``, which takes 10 GB as a whole, are read than that.
 
     Returns:
-        The data set, on the CPU: ``x`` float32 (N, C, H, W) in [0, 1], ``y`` int64 (N,).
+        The data set, on the CPU, with ``x`` float32 (N, C, H, W) in [0, 1], ``y`` int64 (N,).
 
     Raises:
         ValueError: unknown name; limit below 1; relative ``ADV_DATA``; truncated or altered file.

@@ -113,7 +113,7 @@ def distances(
         x_adv: (N, ...) perturbed inputs.
 
     Returns:
-        (N,) tensors in the units of ``x``: ``"linf"``, ``"l2"``, ``"l1"``; and the numbers of
+        (N,) tensors in the units of ``x``, called ``"linf"``, ``"l2"``, ``"l1"``; and the numbers of
         values (``"l0"``) and of pixels (``"pixels"``, any channel of (N, C, H, W)) that differ.
 
     Raises:
@@ -293,7 +293,7 @@ def minimal_norms(
             takes them.
 
     Returns:
-        (N,) distances in the units of ``x`` (pixels under l0): 0 where the sample is misclassified
+        (N,) distances in the units of ``x`` (pixels under l0), 0 where the sample is misclassified
         as it is, infinity where the attack found nothing.
 
     Raises:
@@ -333,7 +333,7 @@ def report(
         options: ``bounds``, ``seed``, ``chunk``, as ``perturb`` takes them.
 
     Returns:
-        The table in percent: rows (model, attack), and where there are several attacks ``all``:
+        The table in percent, rows (model, attack), and where there are several attacks ``all``,
         a sample counts as fooled if any of them fools it; columns the radii. The figure: one panel
         for each model.
 
