@@ -1,0 +1,292 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from adv.lab import data, models
+from adv.lab.models import MLP, DenseNet40, LeNet5, NetworkInNetwork, Normalize, ResNet32
+
+SHAPES = {
+    "fcnn": (1, 28, 28),
+    "mlp-1000": (1, 28, 28),
+    "mlp-1200": (1, 28, 28),
+    "digits-cnn": (1, 8, 8),
+    "lenet5": (1, 28, 28),
+    "lenet5-wide": (1, 28, 28),
+    "nin": (3, 32, 32),
+    "densenet40": (3, 32, 32),
+    "resnet32": (3, 32, 32),
+}
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def dense(*sizes: int) -> int:
+    return sum((a + 1) * b for a, b in pairwise(sizes))
+
+
+# Counts: published in total, or the sum over the paper's table of layers.
+COUNTS = {
+    "fcnn": dense(784, 150, 100, 10),
+    "mlp-1000": dense(784, 1000, 1000, 1000, 10),
+    "mlp-1200": dense(784, 1200, 1200, 1200, 10),
+    "lenet5": 61_706,
+    "lenet5-wide": 26 * 32 + (25 * 32 + 1) * 64 + dense(1024, 512, 10),
+    "nin": 966_986,
+    "densenet40": 1_019_722,
+    "resnet32": 464_154,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    assert parameters(models.build(name)) == COUNTS[name]
+
+
+def test_the_digits_network_fits_into_300_kilobytes():
+    network = models.build("digits-cnn")
+    assert sum(p.numel() * p.element_size() for p in network.state_dict().values()) <= 300_000
+
+
+def test_the_digits_network_learns():
+    digits = data.load("digits")
+    network = models.build("digits-cnn", seed=0)
+    optimizer = torch.optim.Adam(network.parameters(), 4e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for batch in torch.randperm(len(digits.train), generator=generator).split(64):
+            loss = nn.functional.cross_entropy(
+                network(digits.train.x[batch]), digits.train.y[batch]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    network.eval()
+    assert (network(digits.test.x).argmax(1) == digits.test.y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_those_of_each_sample_alone(name):
+    network = models.build(name, seed=0).eval()
+    x = noise(3, *SHAPES[name])
+    with torch.no_grad():
+        together, alone = network(x), torch.cat([network(image[None]) for image in x])
+    assert together.shape == (3, 10)
+    scale = together.abs().max()
+    assert (together - alone).abs().max() < 1e-4 * scale
+    assert (together[0] - together[1]).abs().max() > 1e-6 * scale
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_batched_and_second_derivatives(name):
+    network = models.build(name, seed=0).eval()
+    x = noise(2, *SHAPES[name]).requires_grad_()
+    logits = network(x)
+    rows = torch.eye(10)[:2, None].expand(2, 2, 10)
+    (batched,) = torch.autograd.grad(logits, x, rows, is_grads_batched=True, retain_graph=True)
+    for k in range(2):
+        (one,) = torch.autograd.grad(logits[:, k].sum(), x, create_graph=True, retain_graph=True)
+        assert torch.allclose(batched[k], one, rtol=1e-3, atol=1e-5)
+        assert one.abs().max() > 0
+    first = next(network.parameters())
+    (second,) = torch.autograd.grad(one.square().sum(), first)
+    assert second.isfinite().all()
+    assert second.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_batch_of_other_images_is_refused(name):
+    network = models.build(name)
+    channels, height, width = SHAPES[name]
+    with pytest.raises(ValueError, match="not " + r"\(2, 7, 5, 5\)"):
+        network(noise(2, 7, 5, 5))
+    if not isinstance(network, MLP):
+        with pytest.raises(ValueError, match=rf"takes images \(B, {channels}, .*not"):
+            network(noise(channels, height, width))
+
+
+# Construction
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_a_seed_fixes_the_weights_and_leaves_the_global_state():
+    state = torch.get_rng_state()
+    first, second = models.build("fcnn", seed=3), models.build("fcnn", seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(first, second)
+    assert not same(first, models.build("fcnn", seed=4))
+
+
+def test_a_seed_means_the_global_state_after_manual_seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = models.build("lenet5")
+        after = models.build("lenet5")
+    assert same(models.build("lenet5", seed=5), expected)
+    assert not same(expected, after)
+
+
+def test_settings_reach_the_network():
+    network = models.build("lenet5", seed=0, classes=3, shape=(3, 16, 20), activation="tanh")
+    assert network(noise(2, 3, 16, 20)).shape == (2, 3)
+    assert models.build("mlp", sizes=(64, 5, 2))(noise(4, 1, 8, 8)).shape == (4, 2)
+    with pytest.raises(ValueError, match="no network 'LeNet'; there are mlp,"):
+        models.build("LeNet")
+    with pytest.raises(TypeError, match="depth"):
+        models.build("lenet5", depth=3)
+    with pytest.raises(ValueError, match="no activation 'swish'"):
+        models.build("fcnn", activation="swish")
+    with pytest.raises(ValueError, match="two or more positive"):
+        MLP((784,))
+    with pytest.raises(ValueError, match="12x12"):
+        LeNet5(shape=(1, 8, 8), padding=0)
+
+
+def test_initial_weights_have_the_variance_of_the_papers():
+    he = models.build("mlp", sizes=(600, 400), seed=0, init="he").layers[0]
+    # 240,000 draws: the sample's standard deviation is within 0.6 % (4 sigma) of the true one.
+    assert he.weight.std().item() == pytest.approx(math.sqrt(2 / 600), rel=0.006)
+    assert not he.bias.any()
+    glorot = models.build("mlp", sizes=(600, 400), seed=0, init="glorot").layers[0]
+    bound = math.sqrt(6 / 1000)
+    assert 0.999 * bound < glorot.weight.abs().max() <= bound
+    assert glorot.weight.std().item() == pytest.approx(math.sqrt(2 / 1000), rel=0.006)
+    conv = models.build("lenet5-wide", seed=0, init="he").features[3]
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / 800), rel=0.02)
+    with pytest.raises(ValueError, match="'he' or 'glorot'"):
+        models.initialize(he, "zeros")
+
+
+# What the layers compute
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [
+        ("relu", lambda z: np.maximum(z, 0)),
+        ("tanh", np.tanh),
+        ("softplus", lambda z: np.logaddexp(z, 0)),
+        ("sigmoid", lambda z: 1 / (1 + np.exp(-z))),
+        ("leaky_relu", lambda z: np.where(z > 0, z, 0.2 * z)),
+        ("elu", lambda z: np.where(z > 0, z, np.expm1(z))),
+    ],
+)
+def test_mlp_is_alternating_affine_maps_and_activations(activation, function):
+    network = models.build("mlp", sizes=(12, 9, 7, 3), activation=activation, seed=1).double()
+    x = noise(5, 3, 2, 2).double() - 0.5
+    (w1, b1), (w2, b2), (w3, b3) = (
+        (layer.weight.detach().numpy(), layer.bias.detach().numpy())
+        for layer in network.layers
+        if isinstance(layer, nn.Linear)
+    )
+    hidden = function(x.reshape(5, 12).numpy() @ w1.T + b1)
+    expected = function(hidden @ w2.T + b2) @ w3.T + b3
+    assert np.abs(network(x).detach().numpy() - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize(("name", "places"), [("fcnn", 2), ("lenet5-wide", 2), ("digits-cnn", 2)])
+def test_dropout_acts_in_training_only(name, places):
+    network = models.build(name, seed=0, dropout=0.5)
+    assert sum(isinstance(module, nn.Dropout) for module in network.modules()) == places
+    assert same(network, models.build(name, seed=0))
+    x = noise(2, *SHAPES[name])
+    assert not torch.equal(network(x), network(x))
+    network.eval()
+    assert torch.equal(network(x), models.build(name, seed=0).eval()(x))
+
+
+def test_normalize_standardizes_channels_and_keeps_the_gradient_in_pixels():
+    mean, std = (0.5, 0.25, 0.1), (0.2, 0.5, 0.25)
+    x = noise(2, 3, 16, 16)
+    plain = models.build("resnet32", seed=0).eval()
+    normalized = models.build("resnet32", seed=0, normalize=(mean, std)).eval()
+    by_hand = np.stack([(x[:, c].numpy() - mean[c]) / std[c] for c in range(3)], axis=1)
+    assert torch.allclose(normalized(x), plain(torch.from_numpy(by_hand)), rtol=1e-4)
+    assert set(normalized.state_dict()) >= {"0.mean", "0.std"}
+    assert parameters(normalized) == parameters(plain)
+    with pytest.raises(ValueError, match="Normalize takes images"):
+        normalized(noise(2, 1, 16, 16))
+    for bad in (((0.5,), (0.0,)), ((0.5, 0.5), (1.0,)), ((), ())):
+        with pytest.raises(ValueError, match="one positive std per channel"):
+            Normalize(*bad)
+
+
+def test_lenet_sizes_follow_the_published_tables():
+    classic, wide = LeNet5(), models.build("lenet5-wide")
+    x = noise(1, 1, 28, 28)
+    assert classic.features[:3](x).shape == (1, 6, 14, 14)
+    assert classic.features[:6](x).shape == (1, 16, 5, 5)
+    assert wide.features[:3](x).shape == (1, 32, 12, 12)
+    assert wide.features[:6](x).shape == (1, 64, 4, 4)
+    # The classic 32x32 field: padding the image by hand changes nothing.
+    padded = LeNet5(padding=0, shape=(1, 32, 32))
+    padded.load_state_dict(classic.state_dict())
+    frame = torch.zeros(1, 1, 32, 32)
+    frame[..., 2:30, 2:30] = x
+    assert torch.allclose(classic(x), padded(frame), atol=1e-6)
+
+
+def test_network_in_network_is_a_perceptron_slid_over_patches():
+    network = NetworkInNetwork().eval()
+    x = noise(1, 3, 32, 32)
+    convs = [module for module in network.layers if isinstance(module, nn.Conv2d)]
+    assert [tuple(c.weight.shape[:1] + c.weight.shape[2:]) for c in convs] == [
+        (192, 5, 5), (160, 1, 1), (96, 1, 1),
+        (192, 5, 5), (192, 1, 1), (192, 1, 1),
+        (192, 3, 3), (192, 1, 1), (10, 1, 1),
+    ]  # fmt: skip
+    hidden = x[0, :, 8:13, 3:8].flatten()
+    for conv in convs[:3]:
+        hidden = (conv.weight.flatten(1) @ hidden + conv.bias).relu()
+    assert torch.allclose(network.layers[:6](x)[0, :, 10, 5], hidden, rtol=1e-4, atol=1e-5)
+    assert network.layers[:8](x).shape == (1, 96, 16, 16)
+    assert network.layers[:16](x).shape == (1, 192, 8, 8)
+    maps = network.layers(x)
+    assert maps.shape == (1, 10, 8, 8)
+    assert torch.allclose(network(x)[0], maps.reshape(10, 64).mean(1), atol=1e-5)
+
+
+def test_densenet_keeps_every_map_it_has_made():
+    network = DenseNet40().eval()
+    x = noise(1, 3, 32, 32)
+    stem = network.layers[0](x)
+    block = network.layers[:13](x)
+    assert block.shape == (1, 16 + 12 * 12, 32, 32)
+    assert torch.equal(block[:, :16], stem)
+    assert torch.equal(block[:, :28], network.layers[:2](x))
+    assert network.layers[:27](x).shape == (1, 160 + 144, 16, 16)
+    assert network.layers(x).shape == (1, 304 + 144, 8, 8)
+    weighted = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(weighted) == 40
+
+
+def test_resnet_shortcuts_take_every_second_pixel_and_pad_with_zeros():
+    network = ResNet32().eval()
+    weighted = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(weighted) == 32
+    blocks = network.layers[3:]
+    x = noise(2, 16, 8, 8)
+    for i, width, side in ((0, 16, 8), (5, 32, 4)):
+        nn.init.zeros_(blocks[i].residual[-1].weight)  # the last norm: the residual is 0
+        expected = torch.zeros(2, width, side, side)
+        expected[:, (width - 16) // 2 :][:, :16] = x[:, :, :: 8 // side, :: 8 // side]
+        assert torch.equal(blocks[i](x), expected)
+    images = noise(1, 3, 32, 32)
+    assert [network.layers[:n](images).shape[1:] for n in (8, 13, 18)] == [
+        (16, 32, 32),
+        (32, 16, 16),
+        (64, 8, 8),
+    ]
