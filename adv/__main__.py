@@ -1,0 +1,351 @@
+"""The command line: ``adv info``, ``adv data``, ``adv train``, ``adv evaluate``.
+
+Exit codes: 0 done, 1 something is missing or does not fit, 2 a wrong argument.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import pickle
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors
+import safetensors.torch
+import torch
+import typer
+from torch import Tensor, nn
+
+import adv.lab
+from adv.attacks.boundary import deepfool
+from adv.attacks.gradient import fgsm, pgd
+from adv.lab import data, evaluation, zoo
+
+app = typer.Typer(
+    help="Adversarial examples, derived, implemented and checked.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas")
+
+
+class AttackName(StrEnum):
+    """Attacks that the command line offers."""
+
+    pgd = "pgd"
+    fgsm = "fgsm"
+    deepfool = "deepfool"
+
+
+ATTACKS: dict[AttackName, Callable[..., Tensor]] = {
+    AttackName.pgd: pgd,
+    AttackName.fgsm: fgsm,
+    AttackName.deepfool: deepfool,
+}
+
+
+class NormName(StrEnum):
+    """Norms that the command line offers."""
+
+    linf = "linf"
+    l2 = "l2"
+    l1 = "l1"
+
+
+@app.command()
+def info() -> None:
+    """Show versions, the device, the data sets and the weights at hand."""
+    typer.echo(f"adv {importlib.metadata.version('adv')}, Python {platform.python_version()}")
+    for package in PACKAGES:
+        typer.echo(f"  {package} {importlib.metadata.version(package)}")
+    typer.echo(f"device: {_describe(adv.lab.device())}")
+    with _friendly():
+        typer.echo("data:")
+        _echo_rows((each.name, each.state) for each in data.found())
+        typer.echo("weights:")
+        paths = {name: zoo.entry(name).path for name in zoo.names()}
+        _echo_rows((n, "found" if p.is_file() else "not trained") for n, p in paths.items())
+
+
+@app.command("data")
+def show_data(
+    name: Annotated[str | None, typer.Argument(help="A data set; a list, if left out.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch missing files.")] = False,
+) -> None:
+    """List the data sets and what is wrong with them, or load one and describe it."""
+    with _friendly():
+        if name is None:
+            if download:
+                raise typer.BadParameter("say which data set to download")
+            _echo_rows((row.name, f"{row.state:<12}{row.note}") for row in data.found(check=True))
+            return
+        loaded = data.load(_known(name, data.names(), "data set"), download=download)
+        sizes = [f"{len(split):,}" for split in (loaded.train, loaded.val, loaded.test)]
+        shape = "x".join(map(str, loaded.test.x.shape[1:]))
+        typer.echo(f"{name}: {sizes[0]} train, {sizes[1]} val, {sizes[2]} test; {shape}")
+        typer.echo(f"{len(loaded.classes)} classes: {', '.join(loaded.classes)}")
+        typer.echo(loaded.note)
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="A network of the zoo, such as digits/cnn.")],
+    out: Annotated[Path | None, typer.Option(help="File to write the weights to.")] = None,
+) -> None:
+    """Train a network of the zoo again and compare it with the stored weights."""
+    with _friendly():
+        typer.echo(str(zoo.train(_known(name, zoo.names(), "network"), out)))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A network of the zoo, or package.module:factory.")],
+    data_name: Annotated[str, typer.Option("--data", help="Data set; its test part is used.")],
+    norm: Annotated[NormName, typer.Option(help="Norm of the perturbation.")] = NormName.linf,
+    eps: Annotated[
+        list[float] | None, typer.Option(help="Radius in pixel units [0, 1]; may be repeated.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors file or PyTorch state dict for the factory.")
+    ] = None,
+    attack: Annotated[AttackName, typer.Option(help="The attack.")] = AttackName.pgd,
+    steps: Annotated[int | None, typer.Option(help="Steps of pgd or deepfool.")] = None,
+    samples: Annotated[int | None, typer.Option(help="First samples of the test part.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the attack.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+) -> None:
+    """Measure a classifier's accuracy on clean and on attacked test images."""
+    with _friendly():
+        radii = _radii(eps, attack)
+        place = _device(device)
+        split = data.load(_known(data_name, data.names(), "data set")).test
+        split = (split if samples is None else split.take(samples)).to(place)
+        network = _network(model, weights, place)
+        _check_fit(network, split.x, split.y, model, data_name)
+        run = _attack(attack, norm, steps)
+        with evaluation.counting(network) as counts:
+            result = _measure(network, split.x, split.y, run, radii, seed, norm)
+        result = {
+            "model": model,
+            "weights": None if weights is None else str(weights),
+            "data": data_name,
+            "samples": len(split),
+            "attack": attack.value,
+            "steps": steps,
+            "norm": norm.value,
+            "seed": seed,
+            "device": _describe(place),
+            "torch": torch.__version__,
+            **result,
+            "forward_passes": counts.forward,
+            "backward_passes": counts.backward,
+        }
+    typer.echo(json.dumps(result, indent=2) if as_json else _table(result))
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+
+def _measure(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Any,
+    radii: list[float],
+    seed: int,
+    norm: NormName,
+) -> dict[str, Any]:
+    clean = evaluation.accuracy(network, x, y)
+    if radii:
+        robust = evaluation.robust_accuracy(network, x, y, attack, radii, seed=seed)
+        rows = [{"eps": e, "accuracy": r} for e, r in zip(radii, robust, strict=True)]
+        return {"clean_accuracy": clean, "robust": rows}
+    norms = evaluation.minimal_norms(network, x, y, attack, norm=norm.value, seed=seed)
+    correct = norms[norms > 0]
+    found = correct[correct.isfinite()]
+    return {
+        "clean_accuracy": clean,
+        "found": len(found) / len(correct) if len(correct) else None,
+        "median_norm": found.median().item() if len(found) else None,
+        "mean_norm": found.mean().item() if len(found) else None,
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['model']} on the first {result['samples']} test images of {result['data']}",
+        f"{result['attack']}, {result['norm']}, seed {result['seed']}, {result['device']}",
+        "",
+        f"{'clean accuracy':<28}{_percent(result['clean_accuracy'])}",
+    ]
+    for row in result.get("robust", []):
+        label = f"accuracy at eps {row['eps']:g}"
+        lines += [f"{label:<28}{_percent(row['accuracy'])}"]
+    if "found" in result:
+        lines.append(f"{'fooled, of the correct':<28}{_percent(result['found'])}")
+        for key in ("median_norm", "mean_norm"):
+            value = result[key]
+            text = "     —" if value is None else f"{value:8.4f}"
+            lines.append(f"{key.replace('_', ' ') + ', of the fooled':<28}{text}")
+    passes = f"{result['forward_passes']} forward, {result['backward_passes']} backward"
+    return "\n".join([*lines, f"{'passes of single images':<28}{passes}"])
+
+
+def _echo_rows(rows: Iterable[tuple[str, str]]) -> None:
+    for name, text in rows:
+        typer.echo(f"  {name:<24}{text}")
+
+
+def _percent(share: float | None) -> str:
+    return "     —" if share is None else f"{100 * share:6.1f} %"
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def _radii(eps: list[float] | None, attack: AttackName) -> list[float]:
+    if not eps and attack is not AttackName.deepfool:
+        raise typer.BadParameter(f"{attack.value} needs a radius, such as --eps 0.1")
+    if any(not 0 <= e < float("inf") for e in eps or []):
+        raise typer.BadParameter(f"--eps is a finite number >= 0, not {eps}")
+    return list(eps or [])
+
+
+def _attack(name: AttackName, norm: NormName, steps: int | None) -> Any:
+    function = ATTACKS[name]
+    if steps is None:
+        return partial(function, norm=norm.value)
+    if name is AttackName.fgsm:
+        raise typer.BadParameter("fgsm takes one step; leave --steps out, or take pgd")
+    return partial(function, norm=norm.value, steps=steps)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return adv.lab.device()
+    try:
+        chosen = torch.device(name)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise typer.BadParameter(
+            f"no device {name!r} here; the best is {adv.lab.device()}"
+        ) from error
+    return chosen
+
+
+def _known(name: str, known: Any, what: str) -> str:
+    if name not in known:
+        raise typer.BadParameter(f"no {what} {name!r}; there are {', '.join(known)}")
+    return name
+
+
+def _describe(device: torch.device) -> str:
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"{device}{name}"
+
+
+# ----------------------------------------------------------------------------------------- models
+
+
+class UnusableError(ValueError):
+    """Something is missing or does not fit; the message is for the user."""
+
+
+def _network(model: str, weights: Path | None, device: torch.device) -> nn.Module:
+    """A network of the zoo, or what the factory makes with the weights loaded into it."""
+    if ":" not in model:
+        _known(model, zoo.names(), "network (nor is it an import path package.module:factory)")
+        if weights is not None:
+            raise typer.BadParameter(f"{model!r} brings its own weights; leave --weights out")
+        return zoo.load(model, device=device)
+    network = _made(model)
+    if weights is not None:
+        state = _state(weights)
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise UnusableError(f"{weights} does not fit {model}: {error}") from error
+    return network.to(device).eval()
+
+
+def _made(path: str) -> nn.Module:
+    module_name, _, attribute = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # an installed command does not search where it runs
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, ValueError) as error:
+        raise UnusableError(f"cannot import {module_name!r}: {error}") from error
+    except AttributeError as error:
+        raise UnusableError(f"module {module_name!r} has no {attribute!r}") from error
+    if not callable(factory):
+        raise UnusableError(f"{path} is no factory but a {type(factory).__name__}")
+    try:
+        network = factory()
+    except Exception as error:
+        raise UnusableError(f"{path}() failed: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise UnusableError(f"{path}() returned a {type(network).__name__}, not a torch module")
+    return network
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UnusableError(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UnusableError(
+            f"cannot read {path}: it must be a safetensors file or a PyTorch state dict, "
+            "and nothing that runs code when it is loaded"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UnusableError(f"{path} holds no state dict (a mapping from names to tensors)")
+    return state
+
+
+def _check_fit(network: nn.Module, x: Tensor, y: Tensor, model: str, data_name: str) -> None:
+    try:
+        with torch.no_grad():
+            logits = network(x[:2])
+    except (RuntimeError, ValueError, TypeError) as error:
+        shape = tuple(x.shape[1:])
+        raise UnusableError(
+            f"{model} does not take {data_name}'s images {shape}: {error}"
+        ) from error
+    classes = int(y.max()) + 1
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < classes:
+        shape = tuple(getattr(logits, "shape", ()))
+        raise UnusableError(
+            f"{model} must return (B, {classes}) logits for {data_name}, not {shape}"
+        )
+
+
+@contextmanager
+def _friendly() -> Iterator[None]:
+    """One line for the user instead of a traceback; warnings as one line each."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default", UserWarning)
+            yield
+    except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        typer.echo(f"adv: {text or type(error).__name__}", err=True)
+        raise typer.Exit(1) from error
+    for warning in caught:
+        typer.echo(f"warning: {warning.message}", err=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,237 @@
+"""The command line, judged by what it prints, writes and exits with."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+from typer.testing import CliRunner
+
+from adv.__main__ import app
+from adv.attacks.boundary import deepfool
+from adv.attacks.gradient import fgsm
+from adv.lab import data, evaluation, zoo
+
+FACTORY = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+def two():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+
+def broken():
+    raise OSError("the disk is full")
+
+def text():
+    return "no network"
+
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """scikit-learn's logistic regression on the digits, as weights of ``make``."""
+    source = data.load("digits")
+    fitted = LogisticRegression(max_iter=300).fit(source.train.x.flatten(1), source.train.y)
+    state = {
+        "2.weight": torch.tensor(fitted.coef_.copy()).float().contiguous(),
+        "2.bias": torch.tensor(fitted.intercept_).float(),
+    }
+    return state, fitted.score(source.test.x.flatten(1), source.test.y)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, linear):
+    (tmp_path / "mynet.py").write_text(FACTORY)
+    torch.save(linear[0], tmp_path / "weights.pt")
+    save_file(linear[0], tmp_path / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mynet", raising=False)
+    monkeypatch.delenv("ADV_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def evaluate(*arguments, model="mynet:make", weights="weights.pt"):
+    extra = [] if weights is None else ["--weights", weights]
+    result = run("evaluate", model, "--data", "digits", "--json", *extra, *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def network(linear):
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Identity(), torch.nn.Linear(64, 10)
+    ).eval()
+    model.load_state_dict(linear[0])
+    return model
+
+
+@pytest.mark.parametrize("weights", ["weights.pt", "weights.safetensors"])
+def test_evaluate_agrees_with_others(here, linear, network, weights):
+    got = evaluate("--attack", "fgsm", "--eps", 0.05, "--eps", 0.02, weights=weights)
+    assert got["clean_accuracy"] == pytest.approx(linear[1])
+    assert got["samples"] == 400
+    test = data.load("digits").test
+    want = evaluation.robust_accuracy(network, test.x, test.y, fgsm, [0.05, 0.02])
+    assert [row["eps"] for row in got["robust"]] == [0.05, 0.02]
+    assert [row["accuracy"] for row in got["robust"]] == pytest.approx(want)
+    assert got["robust"][0]["accuracy"] < got["robust"][1]["accuracy"] < linear[1]
+    assert 400 <= got["backward_passes"] <= 800
+
+
+def test_evaluate_minimal_norms(here, network):
+    got = evaluate("--attack", "deepfool", "--norm", "l2", "--samples", 60)
+    test = data.load("digits").test.take(60)
+    norms = evaluation.minimal_norms(network, test.x, test.y, deepfool, norm="l2")
+    correct = norms[norms > 0]
+    assert got["found"] == 1
+    assert got["median_norm"] == pytest.approx(float(correct.median()), rel=1e-4)
+    assert got["mean_norm"] == pytest.approx(float(correct.mean()), rel=1e-4)
+
+
+def test_evaluate_prints_a_table(here, linear):
+    arguments = ["--weights", "weights.pt", "--eps", 0.03, "--steps", 4, "--seed", 3]
+    shown = run("evaluate", "mynet:make", "--data", "digits", "--device", "cpu", *arguments)
+    assert shown.exit_code == 0, shown.output
+    assert f"{100 * linear[1]:.1f} %" in shown.stdout
+    assert "accuracy at eps 0.03" in shown.stdout
+    assert "pgd, linf, seed 3, cpu" in shown.stdout
+    minimal = ["--weights", "weights.pt", "--attack", "deepfool", "--samples", 20]
+    assert "median norm" in run("evaluate", "mynet:make", "--data", "digits", *minimal).stdout
+
+
+def test_evaluate_takes_networks_of_the_zoo(here):
+    name = next(n for n in zoo.names() if n.startswith("digits/") and zoo.entry(n).path.is_file())
+    got = evaluate("--eps", 0, "--samples", 100, model=name, weights=None)
+    assert got["robust"][0]["accuracy"] == got["clean_accuracy"] > 0.9
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+BASE = ("--data", "digits", "--eps", 0.1)
+WITH = (*BASE, "--weights")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["digits/none", *BASE], 2, "digits/cnn"),
+        (["digits/cnn", *WITH, "weights.pt"], 2, "its own weights"),
+        (["mynet:make", "--data", "digit", "--eps", 0.1], 2, "no data set 'digit'"),
+        (["mynet:make", "--data", "digits"], 2, "needs a radius"),
+        (["mynet:make", *BASE, "--eps", -1], 2, "finite number"),
+        (["mynet:make", *BASE, "--norm", "l7"], 2, "l7"),
+        (["mynet:make", *BASE, "--attack", "none"], 2, "none"),
+        (["mynet:make", *BASE, "--attack", "fgsm", "--steps", 3], 2, "one step"),
+        (["mynet:make", *BASE, "--device", "toaster"], 2, "no device 'toaster'"),
+        (["mynet:make", *BASE, "--samples", 0], 1, "take(0)"),
+        (["mynet:make", *BASE, "--samples", 4000], 1, "400"),
+        (["mynet:make", *BASE, "--steps", 0], 1, "steps"),
+        (["mynet:make", *BASE, "--seed", -1], 1, "seed"),
+        (["mynet:make", "--data", "mnist", "--eps", 0.1], 1, "ADV_DATA"),
+        (["mynet:absent", *BASE], 1, "no 'absent'"),
+        (["nonet:make", *BASE], 1, "cannot import 'nonet'"),
+        ([":make", *BASE], 1, "cannot import"),
+        (["mynet:number", *BASE], 1, "no factory"),
+        (["mynet:broken", *BASE], 1, "the disk is full"),
+        (["mynet:text", *BASE], 1, "returned a str"),
+        (["mynet:wide", *BASE], 1, "does not take digits's images (1, 8, 8)"),
+        (["mynet:two", *BASE], 1, "(B, 10) logits"),
+        (["mynet:make", *WITH, "absent.pt"], 1, "no weights at absent.pt"),
+        (["mynet:make", *WITH, "mynet.py"], 1, "cannot read"),
+        (["mynet:make", *WITH, "trap.pt"], 1, "runs code"),
+        (["mynet:make", *WITH, "list.pt"], 1, "no state dict"),
+        (["mynet:make", *WITH, "text.safetensors"], 1, "cannot read"),
+        (["mynet:two", *WITH, "weights.pt"], 1, "does not fit"),
+        (
+            ["mynet:make", *BASE, "--attack", "deepfool", "--norm", "l1"],
+            1,
+            "p > 1",
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_errors_are_one_friendly_message(here, arguments, code, message, capfd):
+    torch.save(Trap(), here / "trap.pt")
+    torch.save([torch.zeros(2)], here / "list.pt")
+    (here / "text.safetensors").write_text("not tensors")
+    result = run("evaluate", *arguments)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert isinstance(result.exception, SystemExit)
+    assert "this must not run" not in result.output + capfd.readouterr().out
+    assert not result.stdout
+
+
+def test_data(here):
+    listed = run("data").stdout
+    assert [line.split()[0] for line in listed.splitlines()] == list(data.names())
+    assert "missing" in listed
+    shown = run("data", "digits")
+    assert "400 test; 1x8x8" in shown.stdout
+    assert run("data", "digit").exit_code == 2
+    assert run("data", "--download").exit_code == 2
+    missing = run("data", "mnist")
+    assert (missing.exit_code, missing.stdout) == (1, "")
+    assert missing.stderr.startswith("adv: ")
+
+
+def test_info(here):
+    shown = run("info")
+    assert shown.exit_code == 0
+    assert f"torch {importlib.metadata.version('torch')}\n" in shown.stdout
+    for name in (*data.names(), *zoo.names()):
+        assert name in shown.stdout
+
+
+def test_train(here):
+    smallest = min(zoo.names(), key=lambda n: zoo.entry(n).record.get("seconds", 1e9))
+    result = run("train", smallest, "--out", "again.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "same predictions" in result.stdout
+    assert (here / "again.safetensors").stat().st_size > 1000
+    wrong = run("train", "digits/none")
+    assert wrong.exit_code == 2
+    assert smallest in wrong.stderr
+
+
+def test_warnings_are_one_line_each(here):
+    (here / "dead.py").write_text(
+        "from torch import nn\n"
+        "class Dead(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x.flatten(1)[:, :10].round().detach()\n"
+    )
+    result = run("evaluate", "dead:Dead", *BASE, "--samples", 200, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("warning: pgd()")
+    assert "gradient vanished" in result.stderr
+
+
+def test_the_installed_command_in_a_process(here):
+    command = [sys.executable, "-m", "adv", "evaluate", "mynet:make", *map(str, BASE), "--json"]
+    arguments = ["--weights", "weights.pt", "--samples", "20", "--steps", "2"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == 20
