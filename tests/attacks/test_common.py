@@ -287,6 +287,8 @@ BAD = [
     ("model is a function", TypeError, {"model": 3}),
     ("outside the bounds", ValueError, {"x": GOOD + 0.6}),
     ("outside the bounds", ValueError, {"x": GOOD - 0.6}),
+    ("outside the bounds", ValueError, {"x": GOOD + 0.501}),
+    ("outside the bounds", ValueError, {"x": GOOD - 0.501}),
     ("outside the bounds", ValueError, {"bounds": (0.0, 0.4)}),
     ("NaN", ValueError, {"x": GOOD / 0 * 0}),
     ("outside the bounds", ValueError, {"x": GOOD / 0}),
