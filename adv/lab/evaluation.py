@@ -43,6 +43,7 @@ __all__ = [
 Attack = Callable[..., Tensor]
 
 CHUNK = 500
+SYMBOLS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$", "l0": "pixels"}
 
 
 # ------------------------------------------------------------------------------------- at points
@@ -113,8 +114,8 @@ def distances(
         x_adv: (N, ...) perturbed inputs.
 
     Returns:
-        (N,) tensors in the units of ``x``, called ``"linf"``, ``"l2"``, ``"l1"``; and the numbers of
-        values (``"l0"``) and of pixels (``"pixels"``, any channel of (N, C, H, W)) that differ.
+        (N,) tensors in the units of ``x``, called ``"linf"``, ``"l2"``, ``"l1"``; and the numbers
+        of values (``"l0"``) and of pixels (``"pixels"``, any channel of (N, C, H, W)) that differ.
 
     Raises:
         ValueError: shapes differ.
@@ -521,8 +522,11 @@ def _panels(
     )
     for ax, name in zip(axes.flat, models, strict=False):
         curves = {label: values for (model, label), values in rows.items() if model == name}
-        curve(grid, curves, xlabel=rf"$\varepsilon$ ({norm})", ax=ax)
+        curve(grid, curves, xlabel=rf"$\varepsilon$ ({SYMBOLS.get(str(norm), norm)})", ax=ax)
         ax.set_title(name)
+        ax.label_outer()
+        if ax is not axes[0, 0] and ax.get_legend() is not None:
+            ax.get_legend().remove()
     for ax in axes.flat[len(models) :]:
         ax.set_visible(False)
     return figure
