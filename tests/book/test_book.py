@@ -114,10 +114,10 @@ def small_book(tmp_path):
     return tmp_path
 
 
-def nbval(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", str(folder)]
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={folder}"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+def nbval(notebook: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q"]
+    command += [str(notebook), "-p", "no:cacheprovider", f"--rootdir={notebook.parent}"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=notebook.parent)
 
 
 def test_nbval_notices_an_altered_output(small_book):
