@@ -254,6 +254,10 @@ def test_network_in_network_is_a_perceptron_slid_over_patches():
     assert torch.allclose(network.layers[:6](x)[0, :, 10, 5], hidden, rtol=1e-4, atol=1e-5)
     assert network.layers[:8](x).shape == (1, 96, 16, 16)
     assert network.layers[:16](x).shape == (1, 192, 8, 8)
+    # The last window of the average pool has only two rows and columns left.
+    before, after = network.layers[:14](x), network.layers[:15](x)
+    assert torch.allclose(after[..., 2, 3], before[..., 4:7, 6:9].mean(dim=(2, 3)), atol=1e-5)
+    assert torch.allclose(after[..., 7, 7], before[..., 14:, 14:].mean(dim=(2, 3)), atol=1e-5)
     maps = network.layers(x)
     assert maps.shape == (1, 10, 8, 8)
     assert torch.allclose(network(x)[0], maps.reshape(10, 64).mean(1), atol=1e-5)
@@ -278,12 +282,12 @@ def test_resnet_shortcuts_take_every_second_pixel_and_pad_with_zeros():
     weighted = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(weighted) == 32
     blocks = network.layers[3:]
-    x = noise(2, 16, 8, 8)
+    x = noise(2, 16, 8, 8) - 0.5
     for i, width, side in ((0, 16, 8), (5, 32, 4)):
         nn.init.zeros_(blocks[i].residual[-1].weight)  # the last norm: the residual is 0
         expected = torch.zeros(2, width, side, side)
         expected[:, (width - 16) // 2 :][:, :16] = x[:, :, :: 8 // side, :: 8 // side]
-        assert torch.equal(blocks[i](x), expected)
+        assert torch.equal(blocks[i](x), expected.relu())
     images = noise(1, 3, 32, 32)
     assert [network.layers[:n](images).shape[1:] for n in (8, 13, 18)] == [
         (16, 32, 32),
