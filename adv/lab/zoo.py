@@ -241,10 +241,11 @@ def _make(wanted: Entry, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
         **settings,
     )
     seconds = time.perf_counter() - start
+    accuracies = _accuracies(wanted, model, source.test.to(place))
     return model.cpu(), {
         "command": wanted.command,
         "parameters": sum(p.numel() for p in model.parameters()),
-        **_accuracies(wanted, model, source),
+        **accuracies,
         "seconds": round(seconds, 1),
         "device": place.type,
         "threads": torch.get_num_threads(),
@@ -252,14 +253,14 @@ def _make(wanted: Entry, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def _accuracies(wanted: Entry, model: nn.Module, source: data.Data) -> dict[str, float]:
+def _accuracies(wanted: Entry, model: nn.Module, test: data.Split) -> dict[str, float]:
     if not wanted.attack:
         return {}
     settings = dict(wanted.attack)
     attack = _resolve("adv.attacks", settings.pop("name"))
-    some = source.test.take(settings.pop("samples", len(source.test)))
+    some = test.take(settings.pop("samples", len(test)))
     return {
-        "clean": accuracy(model, source.test.x, source.test.y),
+        "clean": accuracy(model, test.x, test.y),
         "robust": round(robust_accuracy(model, some.x, some.y, attack, **settings), 6),
     }
 

@@ -1,0 +1,209 @@
+"""The zoo's files, refusals and recipes, on a small zoo of its own and on the one that ships."""
+
+import hashlib
+import math
+import tomllib
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adv.attacks.gradient import pgd
+from adv.lab import data, zoo
+from adv.lab.training import cross_entropy
+
+RECIPE = """
+["tiny/plain"]
+data = "digits"
+model = { name = "mlp", sizes = [64, 10] }
+training = { epochs = 2, batch_size = 100, lr = 0.02 }
+attack = { name = "gradient.fgsm", eps = 0.1, norm = "linf", samples = 100 }
+seed = 3
+
+["tiny/vat"]
+data = "digits"
+model = { name = "mlp", sizes = [64, 12, 10], activation = "tanh" }
+training = { epochs = 1, batch_size = 100, lr = 0.01, schedule = "cosine", best = true }
+loss = { name = "adversarial.vat", eps = 0.5, power_steps = 2 }
+attack = { name = "gradient.fgsm", eps = 0.1, norm = "linf" }
+
+["tiny/large"]
+data = "digits"
+model = { name = "mlp", sizes = [64, 10] }
+training = { epochs = 1 }
+cached = true
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A zoo of three recipes without weights, and an empty cache."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / zoo.MANIFEST).write_text(RECIPE)
+    monkeypatch.setattr(zoo, "WEIGHTS", weights)
+    monkeypatch.setenv("ADV_CACHE", str(tmp_path / "cache"))
+    return weights
+
+
+store = partial(zoo.store, progress=False)
+train = partial(zoo.train, progress=False)
+
+
+def test_stores_loads_and_makes_again(tiny):
+    told = store("tiny/plain")
+    assert told.difference is None
+    assert "nothing stored" in str(told)
+    model = zoo.load("tiny/plain")
+    assert not model.training
+    file = tiny / "tiny" / "plain.safetensors"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    record = zoo.entry("tiny/plain").record
+    assert record["sha256"] == digest
+    assert record["parameters"] == 650
+    assert record["command"] == "adv train tiny/plain"
+    test = data.load("digits").test
+    right = (model(test.x).argmax(1) == test.y).double().mean()
+    assert record["clean"] == pytest.approx(float(right), abs=1 / 400)
+    assert record["clean"] > 0.6
+    again = train("tiny/plain")
+    assert (again.difference, again.agreement, again.path) == (0.0, 1.0, None)
+    assert again.stored == record
+    assert f"{record['clean']:.2%}" in str(again)
+    assert sorted(p.name for p in tiny.rglob("*") if p.is_file()) == [
+        "manifest.toml",
+        "plain.safetensors",
+    ]
+
+
+def test_comparison_measures_a_changed_network(tiny, tmp_path):
+    store("tiny/plain")
+    stored = zoo.load("tiny/plain")
+    weights = load_file(zoo.entry("tiny/plain").path)
+    weights["layers.0.bias"][3] += 2.5
+    save_file(weights, zoo.entry("tiny/plain").path)
+    manifest = (tiny / zoo.MANIFEST).read_text()
+    old = zoo.entry("tiny/plain").record["sha256"]
+    new = hashlib.sha256(zoo.entry("tiny/plain").path.read_bytes()).hexdigest()
+    (tiny / zoo.MANIFEST).write_text(manifest.replace(old, new))
+    told = train("tiny/plain", tmp_path / "out" / "new.safetensors")
+    assert told.difference == pytest.approx(2.5, abs=1e-6)
+    x = data.load("digits").test.x
+    same = stored(x).argmax(1) == zoo.load("tiny/plain")(x).argmax(1)
+    assert told.agreement == pytest.approx(float(same.double().mean()))
+    assert told.agreement < 1
+    written = load_file(tmp_path / "out" / "new.safetensors")
+    for name, value in stored.state_dict().items():
+        assert torch.equal(written[name], value)
+    assert str(told.path) in str(told)
+
+
+def test_the_seed_decides_the_weights(tiny):
+    store("tiny/plain")
+    (tiny / zoo.MANIFEST).write_text((tiny / zoo.MANIFEST).read_text().replace("= 3", "= 4"))
+    assert train("tiny/plain").difference > 1e-3
+
+
+def test_a_changed_file_is_refused(tiny):
+    store("tiny/plain")
+    file = tiny / "tiny" / "plain.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"sha256.*adv train tiny/plain"):
+        zoo.load("tiny/plain")
+
+
+def test_unknown_and_untrained_networks(tiny):
+    with pytest.raises(ValueError, match="tiny/plain, tiny/vat"):
+        zoo.load("tiny/nothing")
+    with pytest.raises(FileNotFoundError, match="adv train tiny/vat"):
+        zoo.load("tiny/vat")
+    assert zoo.names() == ("tiny/plain", "tiny/vat", "tiny/large")
+
+
+def test_losses_come_from_the_recipe(tiny, monkeypatch):
+    seen = {}
+
+    def fake(eps, power_steps):
+        seen.update(eps=eps, power_steps=power_steps)
+        return cross_entropy
+
+    monkeypatch.setattr("adv.defenses.adversarial.vat", fake)
+    told = store("tiny/vat")
+    assert seen == {"eps": 0.5, "power_steps": 2}
+    assert told.made["parameters"] == 64 * 12 + 12 + 12 * 10 + 10
+    assert zoo.entry("tiny/vat").loss["name"] == "adversarial.vat"
+
+
+def test_wrong_names_in_a_recipe(tiny):
+    text = (tiny / zoo.MANIFEST).read_text()
+    for wrong in ("adversarial.nothing", "nothing.vat", "vat"):
+        (tiny / zoo.MANIFEST).write_text(text.replace("adversarial.vat", wrong))
+        with pytest.raises(ValueError, match=r"MODULE\.FUNCTION"):
+            train("tiny/vat")
+
+
+def test_large_weights_live_in_the_cache_with_their_record(tiny, tmp_path):
+    with pytest.raises(ValueError, match="cache"):
+        store("tiny/large")
+    told = train("tiny/large")
+    file = tmp_path / "cache" / "tiny" / "large.safetensors"
+    assert told.path == file
+    assert "clean" not in told.made
+    zoo.load("tiny/large")
+    assert train("tiny/large").difference == 0
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match="sha256"):
+        zoo.load("tiny/large")
+
+
+def test_storing_keeps_the_other_entries(tiny):
+    before = tomllib.loads(RECIPE)
+    store("tiny/plain")
+    after = tomllib.loads((tiny / zoo.MANIFEST).read_text())
+    after["tiny/plain"].pop("record")
+    assert after == before
+
+
+def test_toml_survives_awkward_values():
+    entries = {"a/b": {"x": {"eps": 1e-5, "s": 'say "hi"\\', "n": [1, 2.5], "yes": True}, "k": 3}}
+    assert tomllib.loads(zoo._toml(entries)) == entries
+
+
+# ---------------------------------------------------------------------------------- what ships
+
+
+SHIPPED = [name for name in zoo.names() if not zoo.entry(name).cached]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_file_is_the_one_of_the_record(name):
+    entry = zoo.entry(name)
+    assert entry.path.stat().st_size <= 300_000
+    model = zoo.load(name)
+    assert sum(p.numel() for p in model.parameters()) == entry.record["parameters"]
+    assert {"sha256", "command", "seconds", "device", "torch", "clean", "robust"} <= {*entry.record}
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("digits/")])
+def test_shipped_accuracies_are_those_of_the_record(name):
+    """Within two of 400 images; under attack, on the first 100, within four standard deviations."""
+    entry, model, test = zoo.entry(name), zoo.load(name), data.load("digits").test
+    right = (model(test.x).argmax(1) == test.y).double().mean()
+    assert float(right) == pytest.approx(entry.record["clean"], abs=2 / 400)
+    settings = dict(entry.attack)
+    assert settings.pop("name") == "gradient.pgd"
+    some = test.take(100)
+    moved = pgd(model, some.x, some.y, **(settings | {"restarts": 1}))
+    stands = float((model(moved).argmax(1) == some.y).double().mean())
+    share = entry.record["robust"]
+    assert stands == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 100))
+
+
+def test_shipped_linear_network_can_be_made_again():
+    told = train("digits/linear")
+    assert told.difference < 1e-3
+    assert told.agreement >= 0.99
+    assert told.made["clean"] == pytest.approx(told.stored["clean"], abs=2 / 400)
