@@ -14,6 +14,7 @@ from adv.attacks.common import (
     Model,
     Observe,
     check_inputs,
+    check_number,
     class_gradients,
     eval_mode,
     expand,
@@ -79,8 +80,7 @@ def deepfool(
     check_inputs(model, x, y, bounds=bounds, steps=steps)
     if exponent(norm) == 1:
         raise ValueError("deepfool() needs p > 1: the closed form's powers end there")
-    if not (math.isfinite(overshoot) and overshoot >= 0):
-        raise ValueError(f"overshoot is a finite number >= 0, not {overshoot!r}")
+    check_number("overshoot", overshoot)
     x, watch, x_adv = x.detach(), GradientWatch(x), x.detach()
     best = Best(x)
 

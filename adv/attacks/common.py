@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -128,9 +129,9 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _leaf(x: Tensor) -> Tensor:
-    """A leaf of a new graph with the values of ``x`` (a copy where ``x`` cannot be recorded)."""
-    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+def _plain(x: Tensor) -> Tensor:
+    """The values of ``x``, outside any graph (a copy where inference mode made ``x``)."""
+    return x.clone() if x.is_inference() else x.detach()
 
 
 def input_gradient(
@@ -153,7 +154,7 @@ def input_gradient(
         ValueError: the objective did not return one value for each sample.
     """
     with _recording():
-        z = _leaf(x)
+        z = _plain(x).requires_grad_()
         value = objective(z)
         if value.shape != x.shape[:1]:
             raise ValueError(
@@ -184,7 +185,7 @@ def loss_gradient(
 
     def value(z: Tensor) -> Tensor:
         seen.append(model(z))
-        return loss(seen[0], y)
+        return loss(seen[0], _plain(y))
 
     _, gradient = input_gradient(value, x)
     return seen[0].detach(), gradient
@@ -206,7 +207,7 @@ def class_gradients(
         Logits (B, K) and Jacobian (B, K, ...), both detached; zero where no graph leads back to x.
     """
     with _recording():
-        z = _leaf(x)
+        z = _plain(x).requires_grad_()
         logits = model(z)
         count, classes = logits.shape
         if not logits.requires_grad:
@@ -239,16 +240,19 @@ class GradientWatch:
 
     def __init__(self, x: Tensor) -> None:
         self.stuck = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.done = self.stuck.clone()
 
     def see(self, gradient: Tensor, adversarial: Tensor) -> Tensor:
         """Note the samples of a step; return the gradient with non-finite entries set to zero.
 
         Args:
             gradient: (B, ...) this step's gradients.
-            adversarial: (B,) the samples on which the attack has already succeeded.
+            adversarial: (B,) the samples that are adversarial at this step; what their gradients
+                do from here on is of no account.
         """
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
-        self.stuck |= (gradient == 0).flatten(1).all(dim=1) & ~adversarial
+        self.done |= adversarial
+        self.stuck |= (gradient == 0).flatten(1).all(dim=1) & ~self.done
         return gradient
 
     def report(self, attack: str) -> None:
@@ -291,13 +295,13 @@ class Best:
 
         Args:
             x_adv: (B, ...) points.
-            distance: (B,) their scores, smaller is better; NaN never wins.
+            distance: (B,) their scores, smaller is better; NaN and infinities never win.
             allowed: (B,) booleans, the points that count (default all).
 
         Returns:
             (B,) booleans, the samples whose kept point changed.
         """
-        better = distance < self.distance
+        better = distance.isfinite() & (distance < self.distance)
         if allowed is not None:
             better = better & allowed
         self.x_adv = torch.where(expand(better, x_adv), x_adv.detach(), self.x_adv)
@@ -372,8 +376,7 @@ def check_inputs(
     y: Int[Tensor, " B"],
     *,
     bounds: Bounds,
-    eps: float | None = None,
-    steps: int | None = None,
+    eps: float = 0.0,
     **counts: int,
 ) -> None:
     """Raise on input that no attack can make sense of.
@@ -385,29 +388,29 @@ def check_inputs(
         x: (B, ...) floating-point inputs inside ``bounds`` (rounding of 1e-6 allowed).
         y: (B,) int64 labels in 0..K-1, on the device of ``x``.
         bounds: smallest and largest value of an input.
-        eps: radius, >= 0 (not checked where None).
-        steps: number of steps, >= 1 (not checked where None).
-        counts: further numbers that must be >= 1, such as ``restarts=1``.
+        eps: radius, >= 0.
+        counts: what is counted from 1, such as ``steps=40, restarts=1``.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: wrong shapes, devices, labels or ranges, NaN, negative ``eps``, no steps.
+        ValueError: wrong shapes, devices, labels or ranges, NaN, negative ``eps``, no steps,
+            logits that are not finite.
     """
     if not callable(model):
         raise TypeError(f"model is a function from inputs to logits, not {type(model).__name__}")
     check_range(x, bounds)
     check_labels(x, y)
-    if eps is not None:
-        check_eps(eps)
-    for name, value in {"steps": steps, **counts}.items():
-        if value is not None:
-            check_count(name, value)
+    check_number("eps", eps)
+    for name, value in counts.items():
+        check_count(name, value)
     _check_placement(model, x)
     with torch.no_grad(), eval_mode(model):
         logits = model(x[:1])
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model must return logits (B, K); for one sample it gave {given}")
+    if not logits.is_floating_point():
+        raise TypeError(f"the model must return floating-point logits, not {logits.dtype}")
     if logits.shape[1] < 2:
         raise ValueError("the model must return at least two classes; write f as (-f, f)")
     if not bool(logits.isfinite().all()):
@@ -430,10 +433,11 @@ def check_range(x: Float[Tensor, "B ..."], bounds: Bounds) -> None:
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(f"x has shape (B, ...) with samples and features, not {tuple(x.shape)}")
     try:
-        low, high = (float(value) for value in bounds)
+        low, high = bounds
+        proper = math.isfinite(low) and math.isfinite(high) and low < high
     except (TypeError, ValueError) as error:
         raise TypeError(f"bounds are two numbers (low, high), not {bounds!r}") from error
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not proper:
         raise ValueError(f"bounds are finite with low < high, not {bounds!r}")
     smallest, largest = (float(value) for value in torch.aminmax(x.detach()))
     if math.isnan(smallest) or math.isnan(largest):
@@ -463,17 +467,17 @@ def check_labels(x: Float[Tensor, "B ..."], y: Int[Tensor, " B"]) -> None:
         raise ValueError(f"x is on {x.device} but y on {y.device}")
 
 
-def check_eps(eps: float) -> None:
-    """Raise unless ``eps`` is a finite number >= 0.
+def check_number(name: str, value: float, high: float = 1e30) -> None:
+    """Raise unless ``value`` is a number in [0, high]; beyond 1e30 float32 overflows on the way.
 
     Raises:
         TypeError: not a number.
-        ValueError: negative, infinite or NaN.
+        ValueError: negative, too large or NaN.
     """
-    if isinstance(eps, bool) or not isinstance(eps, int | float | np.floating | np.integer):
-        raise TypeError(f"eps is a number >= 0, not {eps!r}")
-    if not math.isfinite(eps) or eps < 0:
-        raise ValueError(f"eps is a finite number >= 0, not {eps!r}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is a number in [0, {high:g}], not {value!r}")
+    if not 0 <= value <= high:
+        raise ValueError(f"{name} is a number in [0, {high:g}], not {value!r}")
 
 
 def check_count(name: str, value: int) -> None:

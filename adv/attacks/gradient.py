@@ -18,6 +18,7 @@ from adv.attacks.common import (
     Objective,
     Observe,
     check_inputs,
+    check_number,
     eval_mode,
     expand,
     generator,
@@ -255,7 +256,7 @@ def noise(
     Raises:
         ValueError: an unknown kind, or a norm whose ball is not sampled.
     """
-    p, d = exponent(norm), x[0].numel()
+    p, d = exponent(norm), x.shape[1:].numel()
     if kind not in ("ball", "sphere", "sign"):
         raise ValueError(f"kind is 'ball', 'sphere' or 'sign', not {kind!r}")
     if kind != "sign" and p not in EXACT:
@@ -269,7 +270,8 @@ def noise(
         z = torch.randn(**shape)
     else:  # Laplace: a sign and an exponential, from one uniform number
         u = torch.rand(**shape) * 2 - 1
-        z = -u.sign() * torch.log1p(-u.abs())
+        # -1 is among the numbers drawn, and its logarithm is infinite: half a spacing inside
+        z = -u.sign() * torch.log1p(-u.abs().clamp_max(1 - torch.finfo(x.dtype).eps / 2))
     if kind == "ball" and p == math.inf:
         return eps * z.to(x.device)
     radius = torch.ones(len(x), dtype=x.dtype)
@@ -334,10 +336,8 @@ def _check_settings(
 ) -> None:
     if exponent(norm) not in EXACT:
         raise ValueError(f"pgd() projects onto 'linf', 'l2' and 'l1' balls, not {norm!r}")
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"step_size is a finite number >= 0, not {alpha!r}")
-    if not (math.isfinite(momentum) and momentum >= 0):
-        raise ValueError(f"momentum is a finite number >= 0, not {momentum!r}")
+    check_number("step_size", alpha)
+    check_number("momentum", momentum)
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity lies in [0, 1), not {sparsity!r}")
     if restarts > 1:

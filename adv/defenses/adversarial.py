@@ -6,7 +6,6 @@ gradient (Danskin's theorem). Random starts are drawn from torch's global genera
 so that the training loop's seed decides them.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from adv.attacks.common import (
     GradientMaskingWarning,
     Objective,
     check_count,
-    check_eps,
+    check_number,
     check_range,
     eval_mode,
     expand,
@@ -58,20 +57,20 @@ def adversarial_loss(
         attack: ``"pgd"``, ``"fgsm"``, or a function ``(model, x, y, *, seed, ...) -> x_adv``.
         mix: weight of the clean loss, in [0, 1].
         loss: ``"ce"``, ``"margin"`` or a function ``(logits, y) -> (B,)``; averaged over the batch.
-        settings: of the attack, such as ``eps=0.2, steps=7``. The attack keeps its own loss.
+        settings: of the attack, such as ``eps=0.2, steps=7``, but no ``seed``: each batch draws
+            its own. The attack keeps its own loss.
 
     Returns:
         ``(model, x, y) -> scalar``.
 
     Raises:
-        ValueError: unknown attack or ``mix`` outside [0, 1].
+        TypeError, ValueError: unknown attack, a ``seed``, or ``mix`` outside [0, 1].
 
     Source: Goodfellow et al. (2015); Madry et al. (2018); Matyasko (2020), (2.20)-(2.22); chapter
     ``defending``.
     """
-    if not 0 <= mix <= 1:
-        raise ValueError(f"mix, the weight of the clean loss, lies in [0, 1], not {mix!r}")
-    find, value = _bind(attack, settings), objective(loss)
+    check_number("mix", mix, high=1)
+    find, value = _bind(attack, **settings), objective(loss)
 
     def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         hard = value(model(_perturb(find, model, x, y)), y).mean()
@@ -100,7 +99,7 @@ def joint(
         ``(model, x, y) -> scalar``.
 
     Raises:
-        ValueError: no attacks, an unknown attack or rule.
+        TypeError, ValueError: no attacks, an unknown attack or rule, a ``seed``.
 
     Source: Tramer and Boneh (2019); chapters ``defending`` and ``manifold``.
     """
@@ -109,12 +108,8 @@ def joint(
     if rule not in ("average", "worst"):
         raise ValueError(f"rule is 'average' or 'worst', not {rule!r}")
     value = objective(loss)
-    found = [
-        _bind(spec["attack"], {k: v for k, v in spec.items() if k != "attack"})
-        if isinstance(spec, Mapping)
-        else _bind(spec, {})
-        for spec in attacks
-    ]
+    specs = [a if isinstance(a, Mapping) else {"attack": a} for a in attacks]
+    found = [_bind(**spec) for spec in specs]
 
     def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         losses = torch.stack([value(model(_perturb(find, model, x, y)), y) for find in found])
@@ -123,11 +118,15 @@ def joint(
     return total
 
 
-def _bind(attack: Attack | str, settings: Mapping[str, Any]) -> Attack:
+def _bind(attack: Attack | str | None = None, **settings: Any) -> Attack:
     if isinstance(attack, str):
         if attack not in NAMED:
             raise ValueError(f"no attack {attack!r}; give a function or one of {', '.join(NAMED)}")
         attack = NAMED[attack]
+    if not callable(attack):
+        raise TypeError(f"an attack is a function or one of {', '.join(NAMED)}, not {attack!r}")
+    if "seed" in settings:
+        raise ValueError("an attack in training takes no seed: every batch draws its own")
     return partial(attack, **settings)
 
 
@@ -190,8 +189,9 @@ def virtual_direction(
 
     Source: Miyato et al. (2019), sec. 3.3; Matyasko (2020), (2.23)-(2.24); chapter ``defending``.
     """
-    if not (math.isfinite(xi) and xi > 0):
-        raise ValueError(f"xi is a number > 0, not {xi!r}")
+    check_number("xi", xi)
+    if xi == 0:
+        raise ValueError("xi is a number > 0, not 0")
     check_count("power_steps", power_steps)
     with eval_mode(model):
         with torch.no_grad():
@@ -225,8 +225,8 @@ def vat(eps: float, *, xi: float = 1e-3, power_steps: int = 1, weight: float = 1
     Source: Miyato et al. (2019); Matyasko (2020), (2.23)-(2.24), whose weight is 1; chapter
     ``defending``.
     """
-    check_eps(eps)
-    _check_weight("weight", weight)
+    check_number("eps", eps)
+    check_number("weight", weight)
 
     def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         d = virtual_direction(model, x, xi=xi, power_steps=power_steps, seed=_draw_seed())
@@ -269,9 +269,9 @@ def trades(
 
     Source: Zhang et al. (2019), eq. (5); chapter ``defending``.
     """
-    check_eps(eps)
+    check_number("eps", eps)
     check_count("steps", steps)
-    _check_weight("beta", beta)
+    check_number("beta", beta)
 
     def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with eval_mode(model):
@@ -323,22 +323,18 @@ def ascend(
         (B, ...) points, at most ``eps`` away and inside ``bounds``.
 
     Raises:
-        TypeError, ValueError: inputs outside the bounds, negative ``eps``, no steps.
+        TypeError, ValueError: inputs outside the bounds, negative ``eps`` or step size, no steps.
 
     Source: Zhang et al. (2019), Algorithm 1; chapter ``defending``.
     """
     check_range(x, bounds)
-    check_eps(eps)
+    check_number("eps", eps)
     check_count("steps", steps)
     alpha = 2.5 * eps / steps if step_size is None else step_size
-    box = room(x, bounds)
+    check_number("step_size", alpha)
+    x, box = x.detach(), room(x.detach(), bounds)
     delta = project(noise(x, eps, norm, generator=generator(seed)), norm, eps, box=box)
     for _ in range(steps):
         _, gradient = input_gradient(value, x + delta)
         delta = project(delta + alpha * steepest(gradient, norm), norm, eps, box=box)
     return (x + delta).clamp(*bounds)
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} is a finite number >= 0, not {value!r}")

@@ -215,7 +215,7 @@ def test_manners(digits):
     assert torch.equal(torch.get_rng_state(), state)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            assert torch.equal(deepfool(model, x, y), first)
+            assert torch.equal(deepfool(model, x.clone(), y.clone()), first)
     leaf = x.clone().requires_grad_()
     assert torch.equal(deepfool(model, leaf, y), first)
     assert leaf.grad is None

@@ -189,7 +189,8 @@ def test_watch_counts_stuck_samples_and_warns():
     gradient = torch.tensor([[0.0, 0.0], [0.0, 1.0], [math.nan, 0.0], [0.0, 0.0]])
     cleaned = watch.see(gradient, torch.tensor([False, False, False, True]))
     assert cleaned.tolist() == [[0, 0], [0, 1], [0, 0], [0, 0]]
-    watch.see(torch.ones(4, 2), torch.zeros(4, dtype=torch.bool))
+    # the last sample had succeeded: that it is flat and no longer adversarial is no finding
+    watch.see(torch.tensor([[1.0, 1.0]] * 3 + [[0.0, 0.0]]), torch.zeros(4, dtype=torch.bool))
     with pytest.warns(GradientMaskingWarning, match="2 of 4 samples"):
         watch.report("test")
     GradientWatch(x).report("silent")  # warnings are errors here
@@ -218,10 +219,11 @@ def test_best_keeps_the_smallest_allowed(rounds):
         assert bool(best.found[i]) == bool(allowed)
 
 
-def test_best_ignores_nan_and_does_not_share_memory():
+def test_best_ignores_what_is_not_finite_and_does_not_share_memory():
     x = torch.zeros(1, 2)
     best = Best(x)
-    assert not best.update(torch.ones(1, 2), torch.tensor([math.nan]))
+    for score in (math.nan, math.inf, -math.inf):
+        assert not best.update(torch.ones(1, 2), torch.tensor([score]))
     best.x_adv += 1
     assert not x.any()
 
@@ -309,15 +311,22 @@ BAD = [
     ("low < high", ValueError, {"bounds": (0.0, math.inf)}),
     ("two numbers", TypeError, {"bounds": 1.0}),
     ("two numbers", TypeError, {"bounds": (0.0, 1.0, 2.0)}),
+    ("two numbers", TypeError, {"bounds": ("0", "1")}),
     ("eps", ValueError, {"eps": -0.1}),
     ("eps", ValueError, {"eps": math.nan}),
     ("eps", ValueError, {"eps": math.inf}),
+    ("eps", ValueError, {"eps": 1e39}),
     ("eps", TypeError, {"eps": "0.1"}),
+    ("eps", TypeError, {"eps": None}),
+    ("eps", TypeError, {"eps": True}),
+    ("eps", TypeError, {"eps": torch.tensor(0.1)}),
     ("steps", ValueError, {"steps": 0}),
     ("steps", TypeError, {"steps": 1.5}),
+    ("steps", TypeError, {"steps": None}),
     ("restarts", ValueError, {"restarts": 0}),
     ("logits", ValueError, {"model": lambda x: linear(x)[0]}),
     ("logits", ValueError, {"model": lambda x: (linear(x), 0)}),
+    ("floating-point logits", TypeError, {"model": lambda x: linear(x).long()}),
     ("two classes", ValueError, {"model": lambda x: linear(x)[:, :1]}),
     ("not finite", ValueError, {"model": lambda x: linear(x) / 0}),
     ("float64", ValueError, {"model": nn.Linear(3, 3), "x": GOOD.double()}),

@@ -305,6 +305,40 @@ def test_noise_on_the_sphere_has_full_length(norm, kind):
         assert abs(float(z.sign().mean())) < 0.2
 
 
+@pytest.mark.parametrize("end", [0.0, 1 - 2.0**-24])
+def test_noise_is_finite_at_the_ends_of_the_uniform_law(end, monkeypatch):
+    """torch.rand gives 0 once in 2^24 draws, where the Laplace law's logarithm is infinite."""
+    monkeypatch.setattr(
+        torch, "rand", lambda size, dtype, generator: torch.full(size, end).to(dtype)
+    )
+    z = noise(torch.zeros(2, 4), 1.0, "l1", "sphere", generator=generator(0))
+    assert torch.allclose(z, torch.full((2, 4), 0.25 if end else -0.25))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_huge_ball_leaves_the_box(digits, norm):
+    model, x, y = digits
+    for attack in (fgsm, pgd, random_noise):
+        x_adv = attack(model, x, y, eps=1e30, norm=norm)
+        assert bool(((x_adv >= 0) & (x_adv <= 1)).all())
+    corner = pgd(
+        affine(2, 4).float(), torch.rand(3, 4), torch.tensor([0, 0, 1]), eps=1e30, norm=norm
+    )
+    assert bool(((corner == 0) | (corner == 1)).all())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_points_without_finite_logits_are_not_kept(bad):
+    def model(z):
+        f = torch.stack([z[:, 0], 0.8 - z[:, 0]], dim=1)
+        return torch.where(z[:, :1] < 0.35, bad, f)
+
+    x, y = torch.full((4, 2), 0.6, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    x_adv = pgd(model, x, y, eps=0.5, steps=20, step_size=0.04, random_start=False, loss="margin")
+    assert bool((x_adv[:, 0] >= 0.35).all())
+    assert bool((margin(model(x_adv), y) < -0.05).all())
+
+
 def test_noise_keeps_the_worst_draw(digits):
     model, x, y = digits
     draws = []
@@ -367,7 +401,7 @@ def test_attacks_leave_everything_as_it_was(digits, attack):
     with torch.no_grad():
         assert torch.equal(attack(model, x, y, eps=0.1, seed=5), first)
     with torch.inference_mode():
-        assert torch.equal(attack(model, x, y, eps=0.1, seed=5), first)
+        assert torch.equal(attack(model, x.clone(), y.clone(), eps=0.1, seed=5), first)
     leaf = x.clone().requires_grad_()
     assert torch.equal(attack(model, leaf, y, eps=0.1, seed=5), first)
     assert leaf.grad is None
@@ -409,6 +443,7 @@ def test_masked_gradients_warn_once_and_the_margin_loss_cures_saturation(digits,
         (pgd, {"restarts": 0}, ValueError, "restarts"),
         (pgd, {"restarts": 2, "random_start": False}, ValueError, "random start"),
         (pgd, {"step_size": -0.1}, ValueError, "step_size"),
+        (pgd, {"step_size": "0.1"}, TypeError, "step_size"),
         (pgd, {"momentum": math.nan}, ValueError, "momentum"),
         (pgd, {"sparsity": 1.0}, ValueError, "sparsity"),
         (random_noise, {"draws": 0}, ValueError, "draws"),
