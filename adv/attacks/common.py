@@ -468,7 +468,12 @@ def check_labels(x: Float[Tensor, "B ..."], y: Int[Tensor, " B"]) -> None:
 
 
 def check_number(name: str, value: float, high: float = 1e30) -> None:
-    """Raise unless ``value`` is a number in [0, high]; beyond 1e30 float32 overflows on the way.
+    """Raise unless ``value`` is a number in [0, high].
+
+    Args:
+        name: what the error calls it.
+        value: the number.
+        high: the largest allowed; beyond 1e30 float32 overflows on the way.
 
     Raises:
         TypeError: not a number.
