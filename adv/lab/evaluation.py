@@ -3,11 +3,14 @@
 All shares are fractions of 1. Samples are attacked in chunks, each with the attack's ``seed`` plus
 the index of the chunk's first sample among those attacked. A deterministic attack gives the same
 for every chunk size. One that draws at random gives other draws of the same law, which is why the
-default ``chunk`` is a fixed number and not the memory at hand.
+default ``chunk`` is a fixed number and not the memory at hand: a random attack then repeats itself
+on any machine. Where that number does not fit, ``memory=`` (bytes) makes the chunks smaller; the
+same bytes give the same chunks.
 """
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +24,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adv.attacks.common import Bounds, Model, is_adversarial
+from adv.attacks.common import (
+    Bounds,
+    Model,
+    check_count,
+    check_labels,
+    check_range,
+    input_gradient,
+    is_adversarial,
+)
 from adv.geometry import Norm, exponent, pixels
 from adv.geometry import norm as length
 from adv.lab.figures import curve
@@ -29,6 +40,7 @@ from adv.lab.figures import curve
 __all__ = [
     "Counts",
     "accuracy",
+    "chunk_size",
     "counting",
     "distances",
     "fooling_ratio",
@@ -43,6 +55,7 @@ __all__ = [
 Attack = Callable[..., Tensor]
 
 CHUNK = 500
+FINITE = (-sys.float_info.max, sys.float_info.max)
 SYMBOLS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$", "l0": "pixels"}
 
 
@@ -67,7 +80,9 @@ def accuracy(
         A fraction of 1.
 
     Raises:
-        ValueError: a model in training mode, no samples, or not one label for each.
+        TypeError: not float inputs and int64 labels.
+        ValueError: a model in training mode or without logits (B, K); no samples, NaN, not one
+            label for each, labels out of range.
     """
     return _share(success(model, x, y, targeted=True, chunk=chunk))
 
@@ -93,14 +108,18 @@ def success(
         (N,) booleans on the device of ``x_adv``.
 
     Raises:
-        ValueError: a model in training mode, no samples, or not one label for each.
+        TypeError: not float inputs and int64 labels.
+        ValueError: a model in training mode or without logits (B, K); no samples, NaN, not one
+            label for each, labels out of range.
     """
     _check(model, x_adv, y, chunk)
+    parts: list[Tensor] = []
     with torch.no_grad():
-        parts = [
-            is_adversarial(model(x_adv[part]), y[part], targeted)
-            for part in _chunks(len(x_adv), chunk)
-        ]
+        for part in _chunks(len(x_adv), chunk):
+            logits = model(x_adv[part])
+            if not parts:
+                _check_logits(logits, y)
+            parts.append(is_adversarial(logits, y[part], targeted))
     return torch.cat(parts)
 
 
@@ -161,9 +180,12 @@ def perturb(
     bounds: Bounds = (0.0, 1.0),
     seed: int = 0,
     chunk: int = CHUNK,
+    memory: int | None = None,
     **settings: Any,
 ) -> Float[Tensor, "N ..."]:
     """Run an attack in chunks and check that it kept to the rules.
+
+    The attack gets copies of the inputs and labels, so that what it does to them changes nothing.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, in evaluation mode.
@@ -175,16 +197,24 @@ def perturb(
         bounds: smallest and largest value of an input.
         seed: of the first chunk; a later one gets ``seed`` plus its first sample's index.
         chunk: samples attacked at once.
+        memory: bytes; take smaller chunks where ``chunk_size`` says so. None keeps ``chunk``, with
+            which a random attack gives the same on any machine.
         settings: passed on to the attack.
 
     Returns:
         (N, ...) perturbed inputs.
 
     Raises:
-        ValueError: bad input; or the attack returned another shape, NaN, a point outside the bounds
-            or farther away than ``eps`` (by more than rounding).
+        TypeError: not float inputs and int64 labels.
+        ValueError: bad input; one sample needs more than ``memory``; or the attack returned another
+            shape, NaN, a point outside the bounds or farther away than ``eps`` (by more than
+            rounding).
     """
-    _check(model, x, y, chunk)
+    _check(model, x, y, chunk, bounds)
+    if eps is not None:
+        _grid(eps)
+    if memory is not None:
+        chunk = chunk_size(model, x, memory, limit=chunk)
     norm = _norm_of(attack, norm)
     accepted = {"eps": eps, "norm": norm, "bounds": bounds}
     if eps is None:
@@ -194,9 +224,9 @@ def perturb(
     parts = []
     for part in _chunks(len(x), chunk):
         options = accepted | settings | {"seed": seed + part.start}
-        x_adv = attack(model, x[part], y[part], **options)
+        x_adv = attack(model, x[part].clone(), y[part].clone(), **options)
         _check_points(x[part], x_adv, eps, norm, bounds)
-        parts.append(x_adv)
+        parts.append(x_adv.detach())
     return torch.cat(parts)
 
 
@@ -229,19 +259,20 @@ def robust_accuracy(
         y: (N,) true labels.
         attack: ``(model, x, y, *, ...) -> x_adv``.
         eps: a radius, or a grid of radii in any order, in the units of ``x``.
-        options: ``norm``, ``bounds``, ``seed``, ``chunk`` and the attack's settings, as ``perturb``
-            takes them.
+        options: ``norm``, ``bounds``, ``seed``, ``chunk``, ``memory`` and the attack's settings, as
+            ``perturb`` takes them.
 
     Returns:
         A fraction of 1, or a list of them in the order of ``eps``.
 
     Raises:
-        ValueError: bad input, a negative radius, or an attack that cheats, as ``perturb`` says.
+        ValueError: bad input, a negative radius, a targeted attack, or one that cheats, as
+            ``perturb`` says.
     """
     grid = _grid(eps)
     fooled = _fooled(model, x, y, attack, grid, **options)
     shares = [1 - _share(row) for row in fooled]
-    return shares if isinstance(eps, Sequence | np.ndarray | Tensor) else shares[0]
+    return shares if np.ndim(eps) else shares[0]
 
 
 def fooling_ratio(
@@ -273,7 +304,7 @@ def fooling_ratio(
     """
     clean, *robust = robust_accuracy(model, x, y, attack, [0.0, *_grid(eps)], **options)
     ratios = [1 - share / clean if clean else math.nan for share in robust]
-    return ratios if isinstance(eps, Sequence | np.ndarray | Tensor) else ratios[0]
+    return ratios if np.ndim(eps) else ratios[0]
 
 
 def minimal_norms(
@@ -290,17 +321,18 @@ def minimal_norms(
         x: (N, ...) inputs inside the bounds.
         y: (N,) true labels.
         attack: ``(model, x, y, *, ...) -> x_adv``; it gets the correctly classified samples only.
-        options: ``norm``, ``bounds``, ``seed``, ``chunk`` and the attack's settings, as ``perturb``
-            takes them.
+        options: ``norm``, ``bounds``, ``seed``, ``chunk``, ``memory`` and the attack's settings, as
+            ``perturb`` takes them.
 
     Returns:
         (N,) distances in the units of ``x`` (pixels under l0), 0 where the sample is misclassified
         as it is, infinity where the attack found nothing.
 
     Raises:
-        ValueError: bad input, or an attack that cheats, as ``perturb`` says.
+        ValueError: bad input, a targeted attack, or one that cheats, as ``perturb`` says.
     """
-    chunk = options.get("chunk", CHUNK)
+    options = _resolved(model, x, attack, options)
+    chunk = options["chunk"]
     correct = success(model, x, y, targeted=True, chunk=chunk)
     norms = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     if correct.any():
@@ -331,7 +363,7 @@ def report(
             with ``functools.partial``.
         eps: grid of radii; 0, the clean accuracy, is added.
         norm: the norm of all attacks.
-        options: ``bounds``, ``seed``, ``chunk``, as ``perturb`` takes them.
+        options: ``bounds``, ``seed``, ``chunk``, ``memory``, as ``perturb`` takes them.
 
     Returns:
         The table in percent, rows (model, attack), and where there are several attacks ``all``,
@@ -362,6 +394,61 @@ def report(
 
 
 # ------------------------------------------------------------------------------------------- cost
+
+
+def chunk_size(model: Model, x: Float[Tensor, "N ..."], memory: int, *, limit: int = CHUNK) -> int:
+    """How many samples to attack at once so that a forward and a backward pass fit into a memory.
+
+    The first sample is sent through the model and back. What counts is what the graph keeps for the
+    backward pass (each storage once, without the model's parameters and buffers), the input, the
+    logits, and the gradients of both. An attack's own copies of its inputs and a backend's scratch
+    space come on top, and an attack that takes all K class gradients at once (DeepFool) needs up to
+    K times as much: give a part of the memory that is free.
+
+    Args:
+        model: ``(B, ...) -> (B, K)`` logits, in evaluation mode.
+        x: (N, ...) inputs, of which the first is measured.
+        memory: bytes.
+        limit: the most samples to take; the default is the default chunk.
+
+    Returns:
+        A number of samples from 1 to ``limit``.
+
+    Raises:
+        TypeError, ValueError: ``memory`` or ``limit`` is no integer >= 1; bad input.
+        ValueError: a single sample needs more than ``memory``.
+    """
+    check_count("memory", memory)
+    check_count("limit", limit)
+    _check_mode(model)
+    check_range(x, FINITE)
+    need = _kept(model, x[:1].clone())
+    if need > memory:
+        raise ValueError(f"one sample needs {need:,} bytes, more than memory={memory:,}")
+    return min(limit, memory // need)
+
+
+def _kept(model: Model, x: Tensor) -> int:
+    """Bytes that the passes of a batch keep."""
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    lasting = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    # The storages are held until the end, or another one could take an address once counted.
+    kept: dict[int, torch.UntypedStorage] = {}
+    ends = [x]
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    def value(z: Tensor) -> Tensor:
+        ends.append(note(model(note(z))))
+        return ends[1].flatten(1).sum(dim=1)
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        input_gradient(value, x)
+    graph = sum(storage.nbytes() for place, storage in kept.items() if place not in lasting)
+    return graph + sum(end.nbytes for end in ends)
 
 
 @dataclass
@@ -432,7 +519,8 @@ def _fooled(
     if not _takes(attack, "eps"):
         norms = minimal_norms(model, x, y, attack, **options)
         return torch.stack([norms <= eps * (1 + 1e-6) for eps in grid])
-    chunk = options.get("chunk", CHUNK)
+    options = _resolved(model, x, attack, options)
+    chunk = options["chunk"]
     fooled = ~success(model, x, y, targeted=True, chunk=chunk)
     at = {0.0: fooled}
     for eps in sorted(set(grid) - {0.0}):
@@ -445,8 +533,24 @@ def _fooled(
     return torch.stack([at[eps] for eps in grid])
 
 
+def _resolved(
+    model: Model, x: Tensor, attack: Attack, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options with ``memory`` measured once and turned into a chunk."""
+    if options.get("targeted", _default(attack, "targeted")):
+        raise ValueError(
+            "y are the true labels here; measure a targeted attack with perturb() and "
+            "success(..., targeted=True)"
+        )
+    others = {name: value for name, value in options.items() if name != "memory"}
+    chunk, memory = options.get("chunk", CHUNK), options.get("memory")
+    if memory is not None:
+        chunk = chunk_size(model, x, memory, limit=chunk)
+    return others | {"chunk": chunk}
+
+
 def _grid(eps: Any) -> list[float]:
-    grid = [float(e) for e in (eps if isinstance(eps, Sequence | np.ndarray | Tensor) else [eps])]
+    grid = [float(e) for e in (eps if np.ndim(eps) else [eps])]
     if not grid or not all(0 <= e < math.inf for e in grid):
         raise ValueError(f"eps is a finite number >= 0 or a grid of them, not {eps!r}")
     return grid
@@ -473,22 +577,42 @@ def _takes(attack: Attack, name: str) -> bool:
 def _norm_of(attack: Attack, given: Norm | None) -> Norm:
     if given is not None:
         return given
-    parameter = inspect.signature(attack).parameters.get("norm")
-    if parameter is None or parameter.default is parameter.empty:
+    norm = _default(attack, "norm")
+    if norm is None:
         raise ValueError("say norm=...: the attack has none of its own")
-    return parameter.default
+    return norm
 
 
-def _check(model: Model, x: Tensor, y: Tensor, chunk: int) -> None:
+def _default(attack: Attack, name: str) -> Any:
+    """The attack's own value of a setting, also one bound by ``partial``; None without one."""
+    parameter = inspect.signature(attack).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+def _check(model: Model, x: Tensor, y: Tensor, chunk: int, bounds: Bounds = FINITE) -> None:
+    _check_mode(model)
+    check_range(x, bounds)
+    check_labels(x, y)
+    check_count("chunk", chunk)
+
+
+def _check_mode(model: Model) -> None:
     if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() before measuring it")
-    if not len(x) or len(x) != len(y):
-        raise ValueError(f"need as many labels as samples, and one at least: {len(x)}, {len(y)}")
-    if chunk < 1:
-        raise ValueError(f"chunk is the number of samples at once, at least 1, not {chunk}")
+
+
+def _check_logits(logits: Any, y: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits (B, K) of two or more classes, not {given}")
+    first, last = int(y.min()), int(y.max())
+    if first < 0 or last >= logits.shape[1]:
+        raise ValueError(f"labels lie in 0..{logits.shape[1] - 1}, but y spans {first}..{last}")
 
 
 def _check_points(x: Tensor, x_adv: Tensor, eps: float | None, norm: Norm, bounds: Bounds) -> None:
+    if not isinstance(x_adv, Tensor):
+        raise ValueError(f"the attack returned a {type(x_adv).__name__}, not a tensor")
     if x_adv.shape != x.shape or x_adv.dtype != x.dtype or x_adv.device != x.device:
         raise ValueError(
             f"the attack returned {tuple(x_adv.shape)} {x_adv.dtype} on {x_adv.device} "

@@ -12,6 +12,7 @@ from torch import nn
 from adv.attacks.boundary import deepfool
 from adv.attacks.gradient import fgsm, pgd
 from adv.lab import evaluation as ev
+from adv.lab.models import MLP, DigitsCNN, build
 
 mpl.use("agg")
 D, N = 12, 40
@@ -198,6 +199,131 @@ def test_cheating_attacks_are_refused(problem, kind):
     ev.robust_accuracy(model, x, y, cheat("rounding"), 0.1)
 
 
+def test_what_an_attack_does_to_its_arguments_changes_nothing(problem):
+    """Moving ``x`` along, or agreeing with the model about ``y``, would hide any distance."""
+    model, x, y, _, _ = problem
+    before = x.clone(), y.clone()
+
+    def in_place(model, x, y, *, eps, norm="linf", bounds=(0.0, 1.0), seed=0):
+        return x.sub_(x.sign() * 3 * eps)
+
+    def relabel(model, x, y, *, eps, norm="linf", bounds=(0.0, 1.0), seed=0):
+        y.copy_(1 - y)
+        return x.requires_grad_()
+
+    with pytest.raises(ValueError, match="left the linf ball"):
+        ev.perturb(model, x, y, in_place, eps=0.1)
+    with pytest.raises(ValueError, match="left the linf ball"):
+        ev.robust_accuracy(model, x, y, in_place, 0.1)
+    assert not ev.perturb(model, x, y, relabel, eps=0.1).requires_grad
+    assert ev.robust_accuracy(model, x, y, relabel, 0.1) == 36 / 40
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+    with pytest.raises(ValueError, match="returned a ndarray"):
+        ev.perturb(model, x, y, lambda m, x, y, **_: x.numpy(), eps=0.1, norm="linf")
+
+
+def test_targets_are_not_taken_for_labels(problem):
+    model, x, y, _, _ = problem
+    calls = (
+        lambda: ev.robust_accuracy(model, x, y, fgsm, 0.1, targeted=True),
+        lambda: ev.fooling_ratio(model, x, y, partial(pgd, targeted=True), [0.1]),
+        lambda: ev.minimal_norms(model, x, y, deepfool, targeted=True),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="targeted attack"):
+            call()
+    aimed = ev.perturb(model, x, 1 - y, partial(fgsm, targeted=True), eps=0.05, loss="margin")
+    got = ev.success(model, aimed, 1 - y, targeted=True).double().mean()
+    assert float(got) == pytest.approx(1 - ev.robust_accuracy(model, x, y, exact, 0.05))
+
+
+# What a sample costs, entry by entry: what autograd saves (values that the next derivative needs;
+# pooling saves the places of its maxima), the logits, and the gradients of input and logits.
+def mlp_bytes(size):
+    return size * ((64 + 100 + 10) + (64 + 10))
+
+
+CNN_BYTES = 4 * ((64 + 16 * 64 + 32 * 64 + 512 + 64 + 10) + (64 + 10)) + 8 * 512
+
+
+@pytest.mark.parametrize(
+    ("model", "need"),
+    [
+        (MLP((64, 100, 10)), mlp_bytes(4)),
+        (MLP((64, 100, 10)).double(), mlp_bytes(8)),
+        (MLP((64, 100, 10)).requires_grad_(False), mlp_bytes(4)),
+        (DigitsCNN(), CNN_BYTES),
+    ],
+)
+def test_chunk_size_by_counting_entries(model, need):
+    x = torch.rand(30, 1, 8, 8, dtype=next(model.parameters()).dtype)
+    model.eval()
+    assert ev.chunk_size(model, x, need) == 1
+    assert ev.chunk_size(model, x, 7 * need + need // 2) == 7
+    assert ev.chunk_size(model, x, 10**12) == ev.CHUNK == 500
+    assert ev.chunk_size(model, x, 10**12, limit=20) == 20
+    with torch.no_grad():
+        assert ev.chunk_size(model, x[:1], 7 * need - 1) == 6
+    with pytest.raises(ValueError, match=rf"{need:,} bytes, more than memory={need - 1:,}"):
+        ev.chunk_size(model, x, need - 1)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_chunk_keeps_no_more_than_the_memory():
+    """The graph of a whole chunk, counted apart: its saved tensors, input, logits, gradients."""
+    model, memory = build("resnet32", seed=0).eval(), 10_000_000
+    x = torch.rand(30, 3, 16, 16)
+    fixed = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+
+    def kept(count):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+            z = x[:count].clone().requires_grad_()
+            logits = model(z)
+        held = {t.untyped_storage().data_ptr(): t for t in [*saved, z, logits]}
+        return sum(t.untyped_storage().nbytes() for p, t in held.items() if p not in fixed) + 4 * (
+            z.numel() + logits.numel()
+        )
+
+    chunk = ev.chunk_size(model, x, memory)
+    assert 1 < chunk < 29
+    assert kept(chunk) <= memory < kept(chunk + 1)
+
+
+def test_memory_sets_the_chunks_everywhere(problem):
+    model, x, y, _, _ = problem
+    need = 8 * ((D + 2) + (D + 2))
+    sizes, seeds = [], []
+
+    def spy(model, x, y, *, eps, norm="linf", bounds=(0.0, 1.0), seed=0):
+        sizes.append(len(x))
+        seeds.append(seed)
+        return x
+
+    def near(model, x, y, *, norm="l2", bounds=(0.0, 1.0), seed=0):
+        return spy(model, x, y, eps=0, seed=seed)
+
+    ev.perturb(model, x, y, spy, eps=0.1, memory=15 * need, seed=2)
+    assert (sizes, seeds) == ([15, 15, 10], [2, 17, 32])
+    for call in (
+        lambda: ev.robust_accuracy(model, x, y, spy, 0.1, memory=15 * need),
+        lambda: ev.minimal_norms(model, x, y, near, memory=15 * need),
+        lambda: ev.report({"m": model}, x, y, {"spy": spy}, [0.1], norm="linf", memory=15 * need),
+    ):
+        sizes.clear()
+        call()
+        assert sizes == [15, 15, 6]  # four samples are misclassified as they are
+    sizes.clear()
+    ev.perturb(model, x, y, spy, eps=0.1, chunk=9, memory=15 * need)
+    assert max(sizes) == 9
+    with pytest.raises(ValueError, match="one sample needs"):
+        ev.robust_accuracy(model, x, y, spy, 0.1, memory=need - 1)
+    with pytest.raises(ValueError, match="memory"):
+        ev.perturb(model, x, y, spy, eps=0.1, memory=0)
+    mpl.pyplot.close("all")
+
+
 @pytest.mark.parametrize(("norm", "size"), [("l2", math.sqrt(12)), ("l1", 12.0), ("l0", 12)])
 def test_the_ball_is_checked_in_its_norm(problem, norm, size):
     model, x, y, _, _ = problem
@@ -216,13 +342,28 @@ def test_bad_input(problem):
     for call in (
         lambda: ev.robust_accuracy(model, x, y, fgsm, -0.1),
         lambda: ev.robust_accuracy(model, x, y, fgsm, []),
+        lambda: ev.robust_accuracy(model, x, y, fgsm, torch.tensor(-1.0)),
         lambda: ev.robust_accuracy(model, x, y, fgsm, math.nan),
         lambda: ev.accuracy(model, x, y[:3]),
         lambda: ev.accuracy(model, x[:0], y[:0]),
         lambda: ev.accuracy(model, x, y, chunk=0),
+        lambda: ev.accuracy(model, x * math.nan, y),
+        lambda: ev.accuracy(model, x, y + 2),
+        lambda: ev.accuracy(model, x, y - 1),
+        lambda: ev.accuracy(lambda z: model(z)[:, 0], x, y),
+        lambda: ev.accuracy(lambda z: model(z)[:, :1], x, 0 * y),
+        lambda: ev.perturb(model, x, y, exact, eps=-0.1),
+        lambda: ev.perturb(model, x + 1, y, exact, eps=0.1),
         lambda: ev.report({}, x, y, {"fgsm": fgsm}, [0.1], norm="linf"),
     ):
-        with pytest.raises(ValueError, match=r"eps|sample|chunk|model"):
+        with pytest.raises(ValueError, match=r"eps|sample|chunk|model|NaN|labels lie|bounds"):
+            call()
+    for call in (
+        lambda: ev.accuracy(model, x, y.float()),
+        lambda: ev.accuracy(model, x.numpy(), y),
+        lambda: ev.accuracy(model, x, y, chunk=2.5),
+    ):
+        with pytest.raises(TypeError, match=r"int64|tensor|chunk"):
             call()
     model[1].train()  # one part in training mode is enough
     with pytest.raises(ValueError, match="training mode"):
