@@ -527,12 +527,8 @@ def everything(u, low, high, w):
     results += [steepest(u, p) for p in (1, 1.01, 2, 3.5, math.inf)] + list(room(u.sigmoid()))
     for box in (None, (low, high)):
         results += [project(u, k, e, box=box) for k in BALLS for e in (0.5, lam)]
-        results += [
-            prox(u, e, k, box=box, metric=m)
-            for k in PENALTIES
-            for e in (0.5, lam)
-            for m in (None, w)
-        ]
+        pairs = ((0.5, None), (lam, w))
+        results += [prox(u, e, k, box=box, metric=m) for k in PENALTIES for e, m in pairs]
     return results
 
 
