@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
+from adv.attacks.common import check_count
 from adv.lab.data import Split
 from adv.lab.evaluation import accuracy
 
@@ -92,6 +93,7 @@ def fit(
         score: ``(model, x, y) -> float`` on ``val`` in evaluation mode, higher is better.
         seed: of the order, dropout and attacks. The initial weights are the caller's.
         checkpoint: file written after each epoch, and resumed from where it exists. It is kept.
+            Callables are recognized by their names, not by the settings inside them.
         observe: called as ``observe(epoch, model)`` after each epoch, in evaluation mode.
         progress: show a bar on stderr; the environment variable ``TQDM_DISABLE=1`` also hides it.
 
@@ -99,7 +101,9 @@ def fit(
         Mean loss, score and seconds of each epoch, those before a resume included.
 
     Raises:
-        ValueError: on an empty set, settings out of range, or another run's checkpoint.
+        TypeError: ``epochs`` or ``batch_size`` is no integer.
+        ValueError: on an empty set, settings out of range, nothing to train, or another run's
+            checkpoint.
         DivergenceError: where the loss is not finite.
 
     Source: chapter ``defending``.
@@ -108,11 +112,12 @@ def fit(
     place = next(model.parameters()).device
     train, val = train.to(place), None if val is None else val.to(place)
     steps = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)
-    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    for name, choice in (("optimizer", optimizer), ("schedule", schedule)):
-        settings[name] = "a callable" if callable(choice) else choice
-    file = None if checkpoint is None else _Checkpoint(Path(checkpoint), model, steps, settings)
-    history, best = (History(), None) if file is None else file.resume(train)
+    history, best, file = History(), None, None
+    if checkpoint is not None:
+        run = {"loss": loss, "optimizer": optimizer, "schedule": schedule, "score": score}
+        run |= {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+        file = _Checkpoint(Path(checkpoint), model, steps, _told(run | {"data": train, "val": val}))
+        history, best = file.resume()
     hide: dict[str, bool] = {} if progress else {"disable": True}
     size = math.ceil(len(train) / batch_size)
     done = len(history.loss)
@@ -145,13 +150,15 @@ def fit(
 def _check(train: Split, epochs: int, batch_size: int, lr: float) -> None:
     if len(train) == 0:
         raise ValueError("the training set is empty")
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be at least 1")
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
     if not (lr > 0 and math.isfinite(lr)):
         raise ValueError(f"lr={lr} must be positive and finite")
 
 
 def _optimizer(kind: Optimizer, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    if not parameters:
+        raise ValueError("the model has no parameter that requires gradients")
     if callable(kind):
         return kind(parameters, lr=lr)
     if kind == "adam":
@@ -223,6 +230,18 @@ def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
+def _told(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings as a file can hold them: callables by name, data by checksums."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Split):
+            return [zlib.crc32(t.cpu().contiguous().numpy().data) for t in (value.x, value.y)]
+        named = getattr(value, "__qualname__", type(value).__name__)
+        return named if callable(value) else value
+
+    return {name: told(value) for name, value in run.items()}
+
+
 @dataclass
 class _Checkpoint:
     """The file from which a run goes on: all that an epoch leaves behind for the next."""
@@ -249,16 +268,16 @@ class _Checkpoint:
             os.fsync(file.fileno())
         partial.replace(self.path)
 
-    def resume(self, train: Split) -> tuple[History, dict[str, Tensor] | None]:
+    def resume(self) -> tuple[History, dict[str, Tensor] | None]:
         """Load model and optimizer where the file exists; refuse the file of another run."""
-        self.settings["data"] = [
-            zlib.crc32(t.cpu().contiguous().numpy().data) for t in (train.x, train.y)
-        ]
         if not self.path.exists():
             return History(), None
         place = next(self.model.parameters()).device
-        state = torch.load(self.path, map_location=place, weights_only=True)
-        ours, theirs = self.settings, state["settings"]
+        try:
+            state = torch.load(self.path, map_location=place, weights_only=True)
+            ours, theirs = self.settings, state["settings"]
+        except Exception as error:  # a damaged pickle may raise anything
+            raise ValueError(f"{self.path} is no checkpoint of a training ({error})") from error
         if other := [name for name in ours if ours[name] != theirs.get(name)]:
             told = ", ".join(f"{n} = {theirs.get(n)} there, {ours[n]} here" for n in other)
             raise ValueError(f"{self.path} is the checkpoint of another run ({told}); delete it")

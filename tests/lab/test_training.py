@@ -168,9 +168,13 @@ def test_bad_settings_raise(wrong):
         quiet(network(), blobs(), **({"epochs": 1} | wrong))
 
 
-def test_empty_set_raises():
+def test_nothing_to_train_raises():
     with pytest.raises(ValueError, match="empty"):
         quiet(network(), blobs()[:0], epochs=1)
+    with pytest.raises(ValueError, match="no parameter"):
+        quiet(network().requires_grad_(False), blobs(), epochs=1)
+    with pytest.raises(TypeError, match="epochs"):
+        quiet(network(), blobs(), epochs=1.5)
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path):
@@ -181,6 +185,23 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
             quiet(network(), blobs(), **({"epochs": 1, "checkpoint": file} | other))
     with pytest.raises(ValueError, match="data"):
         quiet(network(), blobs(seed=2), epochs=1, checkpoint=file)
+    for other in ({"loss": lambda m, x, y: m(x).square().mean()}, {"val": blobs(9, seed=1)}):
+        with pytest.raises(ValueError, match=next(iter(other))):
+            quiet(network(), blobs(), epochs=1, checkpoint=file, **other)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", "weights", "half"])
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, content):
+    file = tmp_path / "run.pt"
+    if content == "half":
+        quiet(network(), blobs(), epochs=1, checkpoint=file)
+        content = file.read_bytes()[:-200]
+    if content == "weights":
+        torch.save(network().state_dict(), file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.pt is no checkpoint"):
+        quiet(network(), blobs(), epochs=1, checkpoint=file)
 
 
 def test_finished_run_is_loaded_not_repeated(tmp_path):
@@ -193,12 +214,13 @@ def test_finished_run_is_loaded_not_repeated(tmp_path):
 
 RUN = {"epochs": 12, "batch_size": 20, "lr": 0.02, "schedule": "cosine", "seed": 11}
 CHILD = """
-import sys, time
+import functools, sys, time
 sys.path.insert(0, {folder!r})
 from test_training import RUN, blobs, cross_entropy, network, quiet
 
+@functools.wraps(cross_entropy)
 def loss(model, x, y):
-    time.sleep(0.1)
+    time.sleep(0.03)
     return cross_entropy(model, x, y)
 
 quiet(network(dropout=0.5), blobs(), val=blobs(9, seed=1), loss=loss, checkpoint={file!r},
