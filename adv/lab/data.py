@@ -62,6 +62,11 @@ class Split:
                 f"a split takes images (N, C, H, W) and labels (N,), not {tuple(self.x.shape)} "
                 f"and {tuple(self.y.shape)}"
             )
+        if not self.x.is_floating_point() or self.y.dtype != torch.int64:
+            raise TypeError(
+                f"a split takes float images and int64 labels, not {self.x.dtype} and "
+                f"{self.y.dtype}"
+            )
 
     def __len__(self) -> int:
         return len(self.y)
@@ -73,7 +78,7 @@ class Split:
 
     def take(self, n: int) -> "Split":
         """The first ``n`` samples; ``ValueError`` where there are fewer."""
-        if not 1 <= n <= len(self):
+        if not isinstance(n, int) or not 1 <= n <= len(self):
             raise ValueError(
                 f"take({n}) from a split of {len(self)} samples: 1 <= n <= {len(self)}"
             )
@@ -338,8 +343,8 @@ def load(name: str, *, download: bool = False, limit: int | None = None) -> Data
     """
     if name not in _LOADERS:
         raise ValueError(f"no data set {name!r}; there are {', '.join(names())}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit must be an integer of at least 1, not {limit}")
     if download and not all(map(_settled, FILES.get(name, ()))):
         _download(name)
     # Only celeba is too large to be read whole and cut afterwards.
@@ -414,13 +419,15 @@ def _files(name: str) -> list[Path]:
             raise FileNotFoundError(f"{options[0].path} is not in {where}. {_advice(name)}")
         root, file = hit
         if fault := _fault(root / file.path, file):
-            raise ValueError(f"{root / file.path} {fault}. Remove it, then: {_advice(name)}")
+            raise ValueError(f"{root / file.path} {fault}. {_remedy(name)}")
         paths.append(root / file.path)
     return paths
 
 
 def _fault(path: Path, file: File) -> str | None:
     """What is wrong with the file, if anything."""
+    if file.digest is not None and not path.is_file():
+        return "is a folder, not a file"
     if file.size is not None and (size := path.stat().st_size) != file.size:
         kind = "is truncated" if size < file.size else "is not the published file"
         return f"{kind}: {size:,} bytes instead of {file.size:,}"
@@ -442,6 +449,12 @@ def _advice(name: str) -> str:
     if name == "cifar10":
         advice += " load('cifar10-subset') is another, smaller data set."
     return advice
+
+
+def _remedy(name: str) -> str:
+    if name in DOWNLOADS or name == "olivetti":
+        return f"Remove it, then: {_advice(name)}"
+    return "Put the published file in its place; it cannot be downloaded."
 
 
 def _download(name: str) -> None:
@@ -562,8 +575,8 @@ def _olivetti(path: Path) -> Parts:
     try:
         bunch = fetch_olivetti_faces(data_home=path.parent, download_if_missing=False)
     except Exception as error:  # a damaged pickle may raise anything
-        message = f"{path} is truncated or altered ({error}). Remove it, then: "
-        raise ValueError(message + _advice("olivetti")) from error
+        message = f"{path} is truncated or altered ({error}). {_remedy('olivetti')}"
+        raise ValueError(message) from error
     x = torch.from_numpy(bunch.images[:, None].copy())
     return _by_person(Split(x, torch.from_numpy(bunch.target).long()))
 
@@ -608,7 +621,7 @@ def _celeba_images(source: Path, files: list[str]) -> np.ndarray:
             images[i] = np.asarray(ImageOps.fit(face, (64, 64), Image.Resampling.BILINEAR))
         except (OSError, KeyError) as error:
             message = f"{source} lacks {file}, or it is damaged ({error}). "
-            raise ValueError(f"{message}Remove it, then: {_advice('celeba')}") from error
+            raise ValueError(message + _remedy("celeba")) from error
     return images
 
 

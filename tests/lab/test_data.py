@@ -159,8 +159,9 @@ def test_limit_keeps_the_first_samples_and_says_so():
     assert torch.equal(part.train.x, whole.train.x[:150])
     assert not part.complete
     assert "first 150" in part.note
-    with pytest.raises(ValueError, match="at least 1"):
-        data.load("digits", limit=0)
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match="at least 1"):
+            data.load("digits", limit=wrong)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
@@ -181,8 +182,11 @@ def test_split_indexing():
     assert digits.to("cpu").x.device.type == "cpu"
     with pytest.raises(ValueError, match="100 samples"):
         digits.take(101)
-    with pytest.raises(ValueError, match="take"):
-        digits.take(0)
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match="take"):
+            digits.take(wrong)
+    with pytest.raises(TypeError, match="int64 labels"):
+        Split(torch.zeros(4, 1, 8, 8), torch.zeros(4))
     with pytest.raises(TypeError, match="slice or a 1-d tensor"):
         digits[3]
     with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
@@ -291,8 +295,15 @@ def test_files_without_an_address_are_checked_by_size_and_sha256(folder, name):
     with pytest.raises(ValueError, match=f"{name}.npz is truncated: 10 bytes"):
         data.load(name)
     os.truncate(folder / file.path, file.size)
-    with pytest.raises(ValueError, match=f"{name}.npz is truncated or altered: sha256"):
+    with pytest.raises(
+        ValueError, match=rf"{name}.npz is truncated or altered: sha256 .*\. Put the published file"
+    ):
         data.load(name)
+    (folder / file.path).unlink()
+    (folder / file.path).mkdir()
+    with pytest.raises(ValueError, match=f"{name}.npz is a folder"):
+        data.load(name)
+    assert {row.name: row.state for row in data.found()}[name] == "damaged"
 
 
 def test_the_subset_never_stands_in_for_cifar10(folder, tmp_path):
