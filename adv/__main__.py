@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 something is missing or does not fit, 2 a wrong argument.
 import importlib
 import importlib.metadata
 import json
-import pickle
 import platform
 import sys
 import warnings
@@ -17,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import safetensors
 import safetensors.torch
 import torch
 import typer
@@ -120,6 +118,10 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(help="Steps of pgd or deepfool.")] = None,
     samples: Annotated[int | None, typer.Option(help="First samples of the test part.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the attack.")] = 0,
+    memory: Annotated[
+        int | None,
+        typer.Option(help="Bytes for a chunk of samples; left out, chunks have a fixed size."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
@@ -127,13 +129,13 @@ def evaluate(
     with _friendly():
         radii = _radii(eps, attack)
         place = _device(device)
-        split = data.load(_known(data_name, data.names(), "data set")).test
-        split = (split if samples is None else split.take(samples)).to(place)
+        source = data.load(_known(data_name, data.names(), "data set"))
+        split = (source.test if samples is None else source.test.take(samples)).to(place)
         network = _network(model, weights, place)
-        _check_fit(network, split.x, split.y, model, data_name)
+        _check_fit(network, split.x, model, data_name, len(source.classes))
         run = _attack(attack, norm, steps)
         with evaluation.counting(network) as counts:
-            result = _measure(network, split.x, split.y, run, radii, seed, norm)
+            result = _measure(network, split, run, radii, seed=seed, memory=memory)
         result = {
             "model": model,
             "weights": None if weights is None else str(weights),
@@ -143,6 +145,7 @@ def evaluate(
             "steps": steps,
             "norm": norm.value,
             "seed": seed,
+            "memory": memory,
             "device": _describe(place),
             "torch": torch.__version__,
             **result,
@@ -156,24 +159,18 @@ def evaluate(
 
 
 def _measure(
-    network: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    attack: Any,
-    radii: list[float],
-    seed: int,
-    norm: NormName,
+    network: nn.Module, split: data.Split, attack: Any, radii: list[float], **options: Any
 ) -> dict[str, Any]:
-    clean = evaluation.accuracy(network, x, y)
+    measured = network, split.x, split.y, attack
     if radii:
-        robust = evaluation.robust_accuracy(network, x, y, attack, radii, seed=seed)
+        clean, *robust = evaluation.robust_accuracy(*measured, [0.0, *radii], **options)
         rows = [{"eps": e, "accuracy": r} for e, r in zip(radii, robust, strict=True)]
         return {"clean_accuracy": clean, "robust": rows}
-    norms = evaluation.minimal_norms(network, x, y, attack, norm=norm.value, seed=seed)
+    norms = evaluation.minimal_norms(*measured, **options)
     correct = norms[norms > 0]
     found = correct[correct.isfinite()]
     return {
-        "clean_accuracy": clean,
+        "clean_accuracy": len(correct) / len(norms),
         "found": len(found) / len(correct) if len(correct) else None,
         "median_norm": found.median().item() if len(found) else None,
         "mean_norm": found.mean().item() if len(found) else None,
@@ -305,7 +302,7 @@ def _state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         raise UnusableError(
             f"cannot read {path}: it must be a safetensors file or a PyTorch state dict, "
             "and nothing that runs code when it is loaded"
@@ -315,21 +312,22 @@ def _state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _check_fit(network: nn.Module, x: Tensor, y: Tensor, model: str, data_name: str) -> None:
+def _check_fit(network: nn.Module, x: Tensor, model: str, data_name: str, classes: int) -> None:
+    shape = tuple(x.shape[1:])
     try:
         with torch.no_grad():
             logits = network(x[:2])
     except (RuntimeError, ValueError, TypeError) as error:
-        shape = tuple(x.shape[1:])
         raise UnusableError(
             f"{model} does not take {data_name}'s images {shape}: {error}"
         ) from error
-    classes = int(y.max()) + 1
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < classes:
-        shape = tuple(getattr(logits, "shape", ()))
+        given = tuple(getattr(logits, "shape", ()))
         raise UnusableError(
-            f"{model} must return (B, {classes}) logits for {data_name}, not {shape}"
+            f"{model} must return (B, {classes}) logits for {data_name}, not {given}"
         )
+    if not logits.isfinite().all():
+        raise UnusableError(f"{model} returns logits that are not finite; look at its weights")
 
 
 @contextmanager

@@ -29,6 +29,9 @@ def wide():
 def two():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
 
+def seven():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+
 def broken():
     raise OSError("the disk is full")
 
@@ -97,6 +100,19 @@ def test_evaluate_agrees_with_others(here, linear, network, weights):
     assert 400 <= got["backward_passes"] <= 800
 
 
+def test_evaluate_within_a_memory(here, monkeypatch):
+    sizes = []
+    real = evaluation.chunk_size
+    monkeypatch.setattr(
+        evaluation, "chunk_size", lambda *a, **k: sizes.append(real(*a, **k)) or sizes[-1]
+    )
+    need = 4 * 2 * (64 + 10)
+    got = evaluate("--eps", 0.05, "--steps", 3, "--samples", 40, "--memory", 7 * need)
+    assert (sizes, got["memory"]) == ([7], 7 * need)
+    assert evaluate("--eps", 0.05, "--steps", 3, "--samples", 40)["memory"] is None
+    assert sizes == [7]
+
+
 def test_evaluate_minimal_norms(here, network):
     got = evaluate("--attack", "deepfool", "--norm", "l2", "--samples", 60)
     test = data.load("digits").test.take(60)
@@ -158,8 +174,14 @@ WITH = (*BASE, "--weights")
         (["mynet:text", *BASE], 1, "returned a str"),
         (["mynet:wide", *BASE], 1, "does not take digits's images (1, 8, 8)"),
         (["mynet:two", *BASE], 1, "(B, 10) logits"),
+        (["mynet:seven", *BASE, "--samples", 1], 1, "(B, 10) logits"),
+        (["mynet:make", *BASE, "--memory", 0], 1, "memory"),
+        (["mynet:make", *BASE, "--memory", 100], 1, "one sample needs"),
         (["mynet:make", *WITH, "absent.pt"], 1, "no weights at absent.pt"),
         (["mynet:make", *WITH, "mynet.py"], 1, "cannot read"),
+        (["mynet:make", *WITH, "hello.pt"], 1, "cannot read hello.pt"),
+        (["mynet:make", *WITH, "cut.pt"], 1, "cannot read cut.pt"),
+        (["mynet:make", *WITH, "nan.pt"], 1, "not finite"),
         (["mynet:make", *WITH, "trap.pt"], 1, "runs code"),
         (["mynet:make", *WITH, "list.pt"], 1, "no state dict"),
         (["mynet:make", *WITH, "text.safetensors"], 1, "cannot read"),
@@ -172,9 +194,12 @@ WITH = (*BASE, "--weights")
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
-def test_errors_are_one_friendly_message(here, arguments, code, message, capfd):
+def test_errors_are_one_friendly_message(here, linear, arguments, code, message, capfd):
     torch.save(Trap(), here / "trap.pt")
     torch.save([torch.zeros(2)], here / "list.pt")
+    torch.save({k: v * torch.nan for k, v in linear[0].items()}, here / "nan.pt")
+    (here / "hello.pt").write_bytes(b"hello")
+    (here / "cut.pt").write_bytes((here / "weights.pt").read_bytes()[:-100])
     (here / "text.safetensors").write_text("not tensors")
     result = run("evaluate", *arguments)
     assert result.exit_code == code, result.output
