@@ -117,7 +117,8 @@ def images(
         (rows, columns) array of matplotlib axes.
 
     Raises:
-        ValueError: no rows, or a batch of another shape.
+        ValueError: no rows, a batch of another shape, or titles, labels or ``deltas`` that do not
+            fit the rows.
     """
     import matplotlib.pyplot as plt
 
@@ -125,34 +126,52 @@ def images(
     if not batches:
         raise ValueError("images() needs at least one row of images")
     columns = max(map(len, batches))
-    aspect = max(batch.shape[1] / batch.shape[2] for batch in batches)
-    labels = [*(row_labels or [""] * len(batches))]
-    per_cell = titles is not None and not isinstance(titles[0], str)
-    title_lines = 0 if titles is None else len(batches) if per_cell else 1
+    texts = _texts(titles, batches)
+    labels = [""] * len(batches) if row_labels is None else list(row_labels)
+    if len(labels) != len(batches) or not set(deltas) <= set(range(len(batches))):
+        raise ValueError(f"images(): row_labels and deltas must fit {len(batches)} rows")
     margin = 1.0 if any(labels) else 0.0
     cell = min((width - margin) / columns, CELL)
-    size = (margin + cell * columns, len(batches) * cell * aspect + 0.3 * title_lines)
+    aspect = max(batch.shape[1] / batch.shape[2] for batch in batches)
+    height = len(batches) * cell * aspect + 0.3 * sum(map(any, texts))
     layout: Any = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    _, axes = plt.subplots(len(batches), columns, figsize=size, squeeze=False, layout=layout)
+    _, axes = plt.subplots(
+        len(batches),
+        columns,
+        figsize=(margin + cell * columns, height),
+        squeeze=False,
+        layout=layout,
+    )
     for r, batch in enumerate(batches):
-        limit = float(np.abs(batch).max()) if r in deltas else None
+        limit = float(np.abs(batch).max()) or 1.0 if r in deltas else None
         if limit is not None:
             labels[r] = f"{labels[r]}\n±{limit:.2g}".lstrip("\n")
-        for c, ax in enumerate(axes[r]):
+        for ax in axes[r]:
             _blank(ax)
-            if c >= len(batch):
-                continue
+        for ax, image, text in zip(axes[r], batch, texts[r], strict=False):
             if limit is not None:
-                perturbation(batch[c], limit=limit, ax=ax, show_scale=False)
+                perturbation(image, limit=limit, ax=ax, show_scale=False)
             else:
-                ax.imshow(batch[c], cmap="gray", vmin=bounds[0], vmax=bounds[1])
-            if titles is not None and (per_cell or r == 0):
-                ax.set_title(titles[r][c] if per_cell else titles[c], fontsize=11)
-        if labels[r]:
-            axes[r, 0].set_ylabel(
-                labels[r], rotation=0, ha="right", va="center", fontsize=11, multialignment="right"
-            )
+                ax.imshow(image, cmap="gray", vmin=bounds[0], vmax=bounds[1])
+            ax.set_title(text, fontsize=11)
+        axes[r, 0].set_ylabel(
+            labels[r], rotation=0, ha="right", va="center", fontsize=11, multialignment="right"
+        )
     return axes
+
+
+def _texts(titles: Any, batches: Sequence[np.ndarray]) -> list[list[str]]:
+    """A text for each image: those of the columns go to the first row."""
+    columns = max(map(len, batches))
+    blank = [[""] * len(batch) for batch in batches]
+    if titles is None or not len(titles):
+        return blank
+    texts = [list(titles), *blank[1:]] if isinstance(titles[0], str) else [*map(list, titles)]
+    if len(texts) != len(batches) or any(
+        not len(batch) <= len(row) <= columns for row, batch in zip(texts, batches, strict=True)
+    ):
+        raise ValueError("images(): titles must be one for each column, or one for each image")
+    return texts
 
 
 def perturbation(
@@ -216,13 +235,15 @@ def curve(
         The axes.
 
     Raises:
-        ValueError: a curve of another length than ``x``.
+        ValueError: a curve of another length than ``x``, or a spread without a curve.
     """
     import matplotlib.pyplot as plt
 
     places = _array(x)
     if ax is None:
         _, ax = plt.subplots()
+    if stray := set(spread or ()) - set(curves):
+        raise ValueError(f"spread for {', '.join(map(str, stray))}, of which there is no curve")
     for i, (label, values) in enumerate(curves.items()):
         y = _array(values)
         if y.shape != places.shape:

@@ -56,6 +56,8 @@ def test_a_row_of_deltas_shares_one_symmetric_written_scale():
     assert axes[1, 0].get_ylabel() == "delta\n±0.25"
     assert axes[1, 1].get_title() == "y"
     assert axes[0, 0].images[0].get_clim() == (0, 1)
+    nothing = figures.images([0 * delta], deltas=[0])  # an attack that changed nothing
+    assert (drawn(nothing[0, 1]) == 0).all()
 
 
 def test_no_change_is_white_and_the_scale_is_written():
@@ -142,11 +144,16 @@ def test_style_registers_the_writer_in_a_notebook(monkeypatch):
         lambda: figures.images([np.zeros((0, 8, 8))]),
         lambda: figures.perturbation(np.zeros((2, 3, 8, 8))),
         lambda: figures.perturbation(np.zeros((8, 8)), limit=0),
+        lambda: figures.images([np.zeros((2, 8, 8))], titles=["a"]),
+        lambda: figures.images([np.zeros((2, 8, 8))] * 2, titles=[["a", "b"]]),
+        lambda: figures.images([np.zeros((2, 8, 8))] * 2, row_labels=["a"]),
+        lambda: figures.images([np.zeros((2, 8, 8))], deltas=[1]),
         lambda: figures.curve([0, 1], {"a": [1, 2, 3]}),
+        lambda: figures.curve([0, 1], {"a": [1, 2]}, spread={"b": [1, 1]}),
     ],
 )
 def test_bad_input(call):
-    with pytest.raises(ValueError, match=r"images|limit|shape"):
+    with pytest.raises(ValueError, match=r"images|limit|shape|spread"):
         call()
 
 
