@@ -97,10 +97,16 @@ def show_data(
 def train(
     name: Annotated[str, typer.Argument(help="A network of the zoo, such as digits/cnn.")],
     out: Annotated[Path | None, typer.Option(help="File to write the weights to.")] = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Make them the package's own, with their record.")
+    ] = False,
 ) -> None:
     """Train a network of the zoo again and compare it with the stored weights."""
     with _friendly():
-        typer.echo(str(zoo.train(_known(name, zoo.names(), "network"), out)))
+        _known(name, zoo.names(), "network")
+        if store and out is not None:
+            raise typer.BadParameter("--store has its own place; leave --out out")
+        typer.echo(str(zoo.store(name) if store else zoo.train(name, out)))
 
 
 @app.command()

@@ -230,12 +230,25 @@ def test_info(here):
         assert name in shown.stdout
 
 
-def test_train(here):
+def test_train(here, monkeypatch):
     smallest = min(zoo.names(), key=lambda n: zoo.entry(n).record.get("seconds", 1e9))
     result = run("train", smallest, "--out", "again.safetensors")
     assert result.exit_code == 0, result.output
     assert "same predictions" in result.stdout
     assert (here / "again.safetensors").stat().st_size > 1000
+    monkeypatch.setattr(zoo, "WEIGHTS", here / "weights")
+    (here / "weights").mkdir()
+    (here / "weights" / zoo.MANIFEST).write_text(
+        '["tiny/one"]\ndata = "digits"\nmodel = { name = "mlp", sizes = [64, 10] }\n'
+        "training = { epochs = 1 }\n"
+    )
+    missing = run("evaluate", "tiny/one", *BASE)
+    assert missing.exit_code == 1
+    hint = missing.stderr.strip().split("adv ")[-1].split()
+    assert run(*hint).exit_code == 0  # what the message says is what helps
+    assert run("evaluate", "tiny/one", *BASE, "--samples", 20, "--steps", 1).exit_code == 0
+    assert run(*hint, "--out", "x.safetensors").exit_code == 2
+    smallest = "tiny/one"
     wrong = run("train", "digits/none")
     assert wrong.exit_code == 2
     assert smallest in wrong.stderr

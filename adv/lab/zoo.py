@@ -67,6 +67,11 @@ class Entry:
         return f"adv train {self.name}"
 
     @property
+    def remedy(self) -> str:
+        """The command line that puts these weights where ``load`` looks for them."""
+        return self.command if self.cached else f"{self.command} --store"
+
+    @property
     def path(self) -> Path:
         """The file of its weights, in the package or in the user's cache."""
         return (_cache() if self.cached else WEIGHTS) / f"{self.name}.safetensors"
@@ -143,20 +148,25 @@ def load(name: str, device: torch.device | str | None = None) -> nn.Module:
         The network; its parameters can be trained further.
 
     Raises:
-        ValueError: unknown name, or a file that is not the one of the record.
+        ValueError: unknown name, or a file that is not the one of the record or of the recipe.
         FileNotFoundError: no weights yet; the message says how to make them.
     """
     wanted = entry(name)
     if not wanted.path.is_file():
-        raise FileNotFoundError(f"no weights at {wanted.path}; make them with: {wanted.command}")
+        raise FileNotFoundError(f"no weights at {wanted.path}; make them with: {wanted.remedy}")
     record, found = _record(wanted), _sha256(wanted.path)
     if found != record.get("sha256"):
         raise ValueError(
             f"{wanted.path} has sha256 {found}, its record says {record.get('sha256')}: the file "
-            f"was changed or cut short; restore it, or make it again with: {wanted.command}"
+            f"was changed or cut short; restore it, or make it again with: {wanted.remedy}"
         )
     model = models.build(**wanted.model)
-    model.load_state_dict(load_file(wanted.path))
+    try:
+        model.load_state_dict(load_file(wanted.path))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{wanted.path} does not fit its recipe; make it again with: {wanted.remedy}"
+        ) from error
     return model.to(device or "cpu").eval()
 
 
@@ -172,17 +182,16 @@ def train(name: str, out: Path | str | None = None, *, progress: bool = True) ->
     Args:
         name: one of ``names()``.
         out: file to write the new weights to. By default nothing is written, except that a network
-            of the user's cache that is not there yet goes there.
+            of the user's cache that is not there, or is damaged, goes there.
         progress: show the progress bar.
 
     Raises:
         ValueError: unknown name, or what the recipe's parts refuse.
     """
     wanted = entry(name)
-    there = wanted.path.is_file()
+    stored = _stored(name)
     model, made = _make(wanted, progress)
-    stored = load(name) if there else None
-    if out is None and wanted.cached and not there:
+    if out is None and wanted.cached and stored is None:
         out = wanted.path
     if out is not None:
         made |= {"sha256": _write(model, Path(out))}
@@ -221,6 +230,14 @@ def store(name: str, *, progress: bool = True) -> Comparison:
     entries[name]["record"] = dict(told.made)
     (WEIGHTS / MANIFEST).write_text(_toml(entries), encoding="utf-8")
     return told
+
+
+def _stored(name: str) -> nn.Module | None:
+    """None where there is no file that fits record and recipe: it is to be made anew."""
+    try:
+        return load(name)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _make(wanted: Entry, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -310,8 +327,7 @@ def _record(wanted: Entry) -> Mapping[str, Any]:
 
 def _cache() -> Path:
     """``ADV_CACHE``, or ``adv`` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ADV_CACHE") or Path(home) / "adv")
+    return Path(os.environ.get("ADV_CACHE") or data.cache().parent)
 
 
 def _write(model: nn.Module, path: Path) -> str:

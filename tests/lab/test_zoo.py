@@ -115,6 +115,35 @@ def test_a_changed_file_is_refused(tiny):
         zoo.load("tiny/plain")
 
 
+def test_what_does_not_fit_is_made_anew(tiny, tmp_path):
+    """A damaged file, or another recipe's, must not stop the training that replaces it."""
+    store("tiny/plain")
+    intact = (tiny / "tiny" / "plain.safetensors").read_bytes()
+    (tiny / "tiny" / "plain.safetensors").write_bytes(intact[:-7])
+    with pytest.raises(ValueError, match="adv train tiny/plain --store"):
+        zoo.load("tiny/plain")
+    assert train("tiny/plain").difference is None
+    assert store("tiny/plain").difference is None
+    assert (tiny / "tiny" / "plain.safetensors").read_bytes() == intact
+    manifest = (tiny / zoo.MANIFEST).read_text()
+    (tiny / zoo.MANIFEST).write_text(manifest.replace("[64, 10]", "[64, 5, 10]", 1))
+    with pytest.raises(ValueError, match="does not fit its recipe"):
+        zoo.load("tiny/plain")
+    assert store("tiny/plain").made["parameters"] == 65 * 5 + 6 * 10
+    zoo.load("tiny/plain")
+    file = train("tiny/large").path
+    file.write_bytes(b"")
+    assert train("tiny/large").path == file
+    zoo.load("tiny/large")
+
+
+def test_the_cache_is_beside_the_data(monkeypatch, tmp_path):
+    monkeypatch.delenv("ADV_CACHE", raising=False)
+    for value in (str(tmp_path), "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert zoo._cache() / "data" == data.cache()
+
+
 def test_unknown_and_untrained_networks(tiny):
     with pytest.raises(ValueError, match="tiny/plain, tiny/vat"):
         zoo.load("tiny/nothing")
