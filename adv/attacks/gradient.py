@@ -151,11 +151,6 @@ def pgd(
     _check_settings(norm, alpha, momentum, sparsity, restarts if not random_start else 1)
     x = x.detach()
     box, climb, best, watch = room(x, bounds), objective(loss, targeted), Best(x), GradientWatch(x)
-
-    def keep(x_adv: Tensor, logits: Tensor) -> None:
-        m = margin(logits, y)
-        best.update(x_adv, -m if targeted else m)
-
     with eval_mode(model):
         for restart in range(restarts):
             delta, g = torch.zeros_like(x), torch.zeros_like(x)
@@ -165,7 +160,7 @@ def pgd(
             for step in range(steps):
                 x_adv = (x + delta).clamp(*bounds)
                 logits, gradient = loss_gradient(model, x_adv, y, climb)
-                keep(x_adv, logits)
+                best.update(x_adv, _score(logits, y, targeted))
                 gradient = watch.see(gradient, is_adversarial(logits, y, targeted))
                 if observe is not None:
                     state = {"x_adv": x_adv, "logits": logits, "gradient": gradient}
@@ -175,7 +170,7 @@ def pgd(
                 delta = project(delta, norm, eps, box=box)
             x_adv = (x + delta).clamp(*bounds)
             with torch.no_grad():
-                keep(x_adv, model(x_adv))
+                best.update(x_adv, _score(model(x_adv), y, targeted))
     watch.report("pgd()")
     return best.x_adv
 
@@ -224,8 +219,7 @@ def random_noise(
             delta = noise(x, eps, norm, kind, generator=generator(seed, draw))
             x_adv = (x + delta).clamp(*bounds)
             logits = model(x_adv)
-            m = margin(logits, y)
-            best.update(x_adv, -m if targeted else m)
+            best.update(x_adv, _score(logits, y, targeted))
             if observe is not None:
                 observe(draw, {"x_adv": x_adv, "logits": logits})
     return best.x_adv
@@ -316,6 +310,12 @@ def sparse_step(
     left = length - (wanted.cumsum(dim=1) - wanted)
     spent = torch.minimum(wanted, left.clamp_min(0))
     return (flat.sign() * torch.zeros_like(flat).scatter(1, order, spent)).view_as(g)
+
+
+def _score(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
+    """What the worst point has least of: the margin of the label, or minus that of the target."""
+    m = margin(logits, y)
+    return -m if targeted else m
 
 
 def _step(g: Tensor, delta: Tensor, alpha: float, norm: Norm, box: Box, sparsity: float) -> Tensor:
