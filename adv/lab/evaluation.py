@@ -565,8 +565,8 @@ def _share(flags: Tensor) -> float:
 
 
 def _length(delta: Tensor, norm: Norm) -> Tensor:
-    """In double precision, since single loses digits of a sum over many entries; l0: pixels."""
-    return pixels(delta) if norm == "l0" else length(delta.double(), norm)
+    """The length a radius bounds: under l0 the number of pixels."""
+    return pixels(delta) if norm == "l0" else length(delta, norm)
 
 
 def _takes(attack: Attack, name: str) -> bool:

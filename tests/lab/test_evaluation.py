@@ -333,8 +333,24 @@ def test_the_ball_is_checked_in_its_norm(problem, norm, size):
 
     scale = 1.0 if norm == "l0" else 0.01
     ev.perturb(model, x, y, shift, eps=size * scale)
+    for dtype in (torch.float64, torch.float32):
+        with pytest.raises(ValueError, match=f"{norm} ball"):
+            ev.perturb(model, x.to(dtype), y, shift, eps=0.99 * size * scale)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_rounding_of_many_entries_is_no_cheat(norm):
+    """In float32, adding 1e-4 to 0.9 is off by up to 3e-8 an entry, all on one side."""
+    x, y = torch.full((2, 3, 64, 64), 0.9), torch.zeros(2, dtype=torch.long)
+    d = 3 * 64 * 64
+    eps = {"linf": 1e-4, "l2": 1e-4 * math.sqrt(d), "l1": 1e-4 * d}[norm]
+
+    def shift(model, x, y, *, eps, norm=norm, bounds=(0.0, 1.0), seed=0):
+        return x + 1e-4
+
+    ev.perturb(None, x, y, shift, eps=eps, norm=norm)
     with pytest.raises(ValueError, match=f"{norm} ball"):
-        ev.perturb(model, x, y, shift, eps=0.99 * size * scale)
+        ev.perturb(None, x, y, shift, eps=0.97 * eps, norm=norm)
 
 
 def test_bad_input(problem):
@@ -348,7 +364,7 @@ def test_bad_input(problem):
         lambda: ev.accuracy(model, x[:0], y[:0]),
         lambda: ev.accuracy(model, x, y, chunk=0),
         lambda: ev.accuracy(model, x * math.nan, y),
-        lambda: ev.accuracy(model, x, y + 2),
+        lambda: ev.accuracy(model, x, y + 1),
         lambda: ev.accuracy(model, x, y - 1),
         lambda: ev.accuracy(lambda z: model(z)[:, 0], x, y),
         lambda: ev.accuracy(lambda z: model(z)[:, :1], x, 0 * y),
