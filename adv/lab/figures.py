@@ -146,18 +146,24 @@ def images(
         limit = float(np.abs(batch).max()) or 1.0 if r in deltas else None
         if limit is not None:
             labels[r] = f"{labels[r]}\n±{limit:.2g}".lstrip("\n")
-        for ax in axes[r]:
-            _blank(ax)
-        for ax, image, text in zip(axes[r], batch, texts[r], strict=False):
-            if limit is not None:
-                perturbation(image, limit=limit, ax=ax, show_scale=False)
-            else:
-                ax.imshow(image, cmap="gray", vmin=bounds[0], vmax=bounds[1])
-            ax.set_title(text, fontsize=11)
+        _draw_row(axes[r], batch, texts[r], limit, bounds)
         axes[r, 0].set_ylabel(
             labels[r], rotation=0, ha="right", va="center", fontsize=11, multialignment="right"
         )
     return axes
+
+
+def _draw_row(
+    axes: Any, batch: np.ndarray, texts: list[str], limit: float | None, bounds: tuple[float, float]
+) -> None:
+    for ax in axes:
+        _blank(ax)
+    for ax, image, text in zip(axes, batch, texts, strict=False):
+        if limit is not None:
+            perturbation(image, limit=limit, ax=ax, show_scale=False)
+        else:
+            ax.imshow(image, cmap="gray", vmin=bounds[0], vmax=bounds[1])
+        ax.set_title(text, fontsize=11)
 
 
 def _texts(titles: Any, batches: Sequence[np.ndarray]) -> list[list[str]]:
