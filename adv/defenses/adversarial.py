@@ -113,7 +113,7 @@ def joint(
 
     def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         losses = torch.stack([value(model(_perturb(find, model, x, y)), y) for find in found])
-        return (losses.mean(dim=0) if rule == "average" else losses.amax(dim=0)).mean()
+        return (losses if rule == "average" else losses.amax(dim=0)).mean()
 
     return total
 

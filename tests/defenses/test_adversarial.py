@@ -289,6 +289,14 @@ def test_ascend_maximizes_a_linear_function_over_ball_and_box(name, dual):
     expected = 0.2 * torch.linalg.vector_norm(g, dual, dim=1)
     torch.testing.assert_close(gain, expected, rtol=2e-2, atol=0)
     assert float(norm(found - x, name).max()) <= 0.2 + 1e-9
+    seen = []
+    ascend(lambda z: seen.append(z.detach()) or (z * g).sum(1), x, eps=0.4, steps=5, seed=1)
+    free = (seen[1] - x).abs() < 0.4 - 1e-9  # not stopped by the ball
+    assert 0 < int(free.sum()) < free.numel()
+    steps = (seen[1] - seen[0])[free]  # 2.5 * 0.4 / 5 each
+    torch.testing.assert_close(steps, 0.2 * g.sign()[free])
+    leaf = x.clone().requires_grad_()
+    assert not ascend(lambda z: (z * g).sum(1), leaf, eps=0.1, steps=1).requires_grad
     at_edge = ascend(lambda z: (z * g).sum(1), x, eps=5.0, norm="linf", steps=10)
     torch.testing.assert_close(at_edge, (g > 0).double())
 
@@ -307,6 +315,7 @@ def test_ascend_maximizes_a_linear_function_over_ball_and_box(name, dual):
         (lambda: trades(math.nan), "eps"),
         (lambda: trades(0.1, beta=-1.0), "beta"),
         (lambda: trades(0.1, steps=0), "steps"),
+        (lambda: ascend(lambda z: z.sum(1), batch()[0], eps=-0.1), "eps is a number"),
         (lambda: trades(0.1, step_size=-1.0)(tanh_net(), *batch()), "step_size"),
         (lambda: vat(1.0, xi=0.0)(tanh_net(), *batch()), "xi"),
         (lambda: vat(1.0, power_steps=0)(tanh_net(), *batch()), "power_steps"),
