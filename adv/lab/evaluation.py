@@ -271,7 +271,7 @@ def robust_accuracy(
     """
     grid = _grid(eps)
     fooled = _fooled(model, x, y, attack, grid, **options)
-    shares = [1 - _share(row) for row in fooled]
+    shares = [_share(~row) for row in fooled]
     return shares if np.ndim(eps) else shares[0]
 
 
@@ -385,7 +385,7 @@ def report(
         if len(fooled) > 1:
             fooled["all"] = torch.stack(list(fooled.values())).any(dim=0)
         for label, each in fooled.items():
-            rows[name, label] = [1 - _share(row) for row in each]
+            rows[name, label] = [_share(~row) for row in each]
     table = 100 * pd.DataFrame.from_dict(rows, orient="index", columns=grid)
     table.index = pd.MultiIndex.from_tuples(rows, names=["model", "attack"])
     table.columns.name = f"eps ({norm})"

@@ -278,7 +278,7 @@ def _accuracies(wanted: Entry, model: nn.Module, test: data.Split) -> dict[str, 
     some = test.take(settings.pop("samples", len(test)))
     return {
         "clean": accuracy(model, test.x, test.y),
-        "robust": round(robust_accuracy(model, some.x, some.y, attack, **settings), 6),
+        "robust": robust_accuracy(model, some.x, some.y, attack, **settings),
     }
 
 

@@ -68,6 +68,15 @@ def test_robust_accuracy_is_the_closed_form(problem):
     assert ev.robust_accuracy(model, x, y, exact, 0.02, norm="l2") == pytest.approx(got[3])
 
 
+def test_57_of_100_is_a_share_of_0_57():
+    x = torch.full((100, 2), 0.5)
+    x[:43, 1] = 1.0
+    y = torch.zeros(100, dtype=torch.long)
+    model = lambda x: 2 * x - torch.tensor([0.5, 1.0])  # noqa: E731
+    idle = lambda model, x, y, *, eps, **_: x  # noqa: E731
+    assert ev.robust_accuracy(model, x, y, idle, 0.1, norm="linf") == 0.57  # not 1 - 0.43
+
+
 def test_fooled_once_is_fooled_at_larger_radii(problem):
     model, x, y, _, _ = problem
 

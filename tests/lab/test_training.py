@@ -183,8 +183,10 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
     for other in ({"seed": 4}, {"epochs": 2}, {"lr": 0.5}, {"optimizer": torch.optim.SGD}):
         with pytest.raises(ValueError, match=next(iter(other))):
             quiet(network(), blobs(), **({"epochs": 1, "checkpoint": file} | other))
-    with pytest.raises(ValueError, match="data"):
-        quiet(network(), blobs(seed=2), epochs=1, checkpoint=file)
+    x, y = blobs().x, blobs().y
+    for other in (Split(x + 0.1, y), Split(x, (y + 1) % 3)):
+        with pytest.raises(ValueError, match="data"):
+            quiet(network(), other, epochs=1, checkpoint=file)
     for other in ({"loss": lambda m, x, y: m(x).square().mean()}, {"val": blobs(9, seed=1)}):
         with pytest.raises(ValueError, match=next(iter(other))):
             quiet(network(), blobs(), epochs=1, checkpoint=file, **other)
