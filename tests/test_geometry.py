@@ -268,10 +268,10 @@ def test_radius_for_each_sample():
 
 
 def test_room_is_what_is_left_of_the_range():
-    x = torch.tensor([[0.0, 0.25, 1.0, 1 + 5e-7]])
+    x = torch.tensor([[0.0, 0.25, 1.0, 1 + 5e-7, -5e-7]])
     low, high = room(x)
-    assert low.tolist() == [[0, -0.25, -1, pytest.approx(-1)]]
-    assert high.tolist() == [[1, 0.75, 0, 0]]
+    assert low.tolist() == [[0, -0.25, -1, pytest.approx(-1), 0]]
+    assert high.tolist() == [[1, 0.75, 0, 0, pytest.approx(1)]]
     low, high = room(x, (-1, 2))
     assert low[0, 1] == -1.25
     assert high[0, 1] == 1.75
