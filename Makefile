@@ -53,11 +53,12 @@ types: $(TEST)
 	$(BIN)/mypy
 
 unit: $(TEST)
-	$(BIN)/pytest -q -n 2 --cov --cov-report=term --cov-fail-under=95 --ignore=tests/book/test_site.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --cov --cov-report=term --cov-fail-under=95 --ignore=tests/book/test_site.py
 
-# Every notebook is executed once more and compared with its stored outputs.
+# Every notebook is executed once more and compared with its stored outputs. Two at a time with one
+# thread each: more threads than cores would get in each other's way.
 nbval: $(TEST)
-	TQDM_DISABLE=1 PYTHONHASHSEED=0 $(BIN)/pytest -q -n 2 --dist loadscope --nbval \
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 PYTHONHASHSEED=0 $(BIN)/pytest -q -n 2 --dist loadscope --nbval \
 	    --nbval-current-env --nbval-cell-timeout=600 -p no:cacheprovider -W default \
 	    --nbval-sanitize-with tests/book/nbval.cfg book
 
