@@ -497,6 +497,11 @@ def test_thresholds_and_jumps_are_the_published_ones():
         )
 
 
+@pytest.mark.parametrize("kind", ["l0", "group_l0"])
+def test_of_two_minimizers_it_is_zero(kind):
+    assert prox(torch.tensor([[2.0, -2.0, 2.5]]), 2.0, kind).tolist() == [[0, 0, 2.5]]
+
+
 @pytest.mark.parametrize("lam", [1e-4, 0.3, 7.0])
 def test_power_proxes_are_the_closed_forms(lam):
     u = np.linspace(1.001, 30, 500) * 2 * (2 * lam / 3) ** 0.75
