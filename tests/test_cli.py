@@ -123,6 +123,14 @@ def test_evaluate_minimal_norms(here, network):
     assert got["mean_norm"] == pytest.approx(float(correct.mean()), rel=1e-4)
 
 
+def test_clean_accuracy_counts_what_an_attack_could_not_fool(here, linear):
+    weak = ("--attack", "deepfool", "--norm", "l2", "--steps", 1)
+    got = evaluate(*weak, model="adv.lab.models:DigitsCNN", weights=zoo.entry("digits/cnn").path)
+    test = data.load("digits").test
+    assert got["clean_accuracy"] == evaluation.accuracy(zoo.load("digits/cnn"), test.x, test.y)
+    assert got["found"] < 1
+
+
 def test_evaluate_prints_a_table(here, linear):
     arguments = ["--weights", "weights.pt", "--eps", 0.03, "--steps", 4, "--seed", 3]
     shown = run("evaluate", "mynet:make", "--data", "digits", "--device", "cpu", *arguments)
@@ -153,6 +161,7 @@ WITH = (*BASE, "--weights")
     ("arguments", "code", "message"),
     [
         (["digits/none", *BASE], 2, "digits/cnn"),
+        (["digits", *BASE], 2, "nor is it an import path"),
         (["digits/cnn", *WITH, "weights.pt"], 2, "its own weights"),
         (["mynet:make", "--data", "digit", "--eps", 0.1], 2, "no data set 'digit'"),
         (["mynet:make", "--data", "digits"], 2, "needs a radius"),
@@ -213,6 +222,10 @@ def test_data(here):
     listed = run("data").stdout
     assert [line.split()[0] for line in listed.splitlines()] == list(data.names())
     assert "missing" in listed
+    file = data.FILES["faces"][0][0]
+    data.cache().mkdir(parents=True)
+    (data.cache() / file.path).write_bytes(bytes(file.size))  # only its digest gives it away
+    assert "altered: sha256" in run("data").stdout
     shown = run("data", "digits")
     assert "400 test; 1x8x8" in shown.stdout
     assert run("data", "digit").exit_code == 2

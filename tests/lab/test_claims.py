@@ -18,12 +18,13 @@ PAPER = {
                 {"id": "err", "label": "error", "unit": "percent"},
                 {"id": "rho", "label": "rho", "unit": "1"},
                 {"id": "how", "label": "how", "unit": None},
+                {"id": "n", "label": "images", "unit": "1"},
             ],
             "rows": [
                 {
                     "id": "a",
                     "label": "net A",
-                    "values": {"err": 1.5, "rho": 0.114, "how": "exact"},
+                    "values": {"err": 1.5, "rho": 0.114, "how": "exact", "n": 500},
                     "spread": {"err": 0.08},
                 },
                 {"id": "b", "values": {"err": 20, "rho": None, "how": None}, "spread": {}},
@@ -93,6 +94,7 @@ def test_compare_formats_both_sides(folder):
     ]
     assert table["rho"].to_numpy().tolist() == [["0.114", "0.100"], ["—", "—"]]
     assert table["how", "paper"].tolist() == ["exact", "—"]
+    assert table["images", "paper"].tolist() == ["500", "—"]
     assert table.attrs == {"caption": "Errors", "note": "a cell is lost"}
 
 
@@ -106,7 +108,7 @@ def test_compare_takes_rows_of_a_results_file(folder):
 
 
 def test_compare_names_what_is_unknown(folder):
-    for ours, known in (({"c": {"err": 1}}, "a, b"), ({"a": {"eror": 1}}, "err, rho, how")):
+    for ours, known in (({"c": {"err": 1}}, "a, b"), ({"a": {"eror": 1}}, "err, rho, how, n")):
         with pytest.raises(KeyError, match=known):
             compare("toy", "1", ours=ours)
     with pytest.raises(KeyError, match="known: 1, 2"):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from adv.attacks.gradient import pgd
 from adv.lab import data, zoo
+from adv.lab.models import build
 from adv.lab.training import cross_entropy
 
 RECIPE = """
@@ -105,6 +106,21 @@ def test_the_seed_decides_the_weights(tiny):
     assert train("tiny/plain").difference > 1e-3
 
 
+def test_training_gets_the_recipes_seed_and_validation_set(tiny, monkeypatch):
+    seen = {}
+
+    def spy(model, train, *, val, seed, **settings):
+        seen.update(model=model.eval().state_dict(), val=val, seed=seed)
+
+    monkeypatch.setattr(zoo, "fit", spy)
+    train("tiny/plain")
+    start = build("mlp", sizes=[64, 10], seed=3).state_dict()
+    assert all(torch.equal(seen["model"][name], value) for name, value in start.items())
+    assert (seen["seed"], seen["val"]) == (3, None)
+    train("tiny/vat")
+    assert torch.equal(seen["val"].x, data.load("digits").val.x)
+
+
 def test_a_changed_file_is_refused(tiny):
     store("tiny/plain")
     file = tiny / "tiny" / "plain.safetensors"
@@ -182,7 +198,9 @@ def test_large_weights_live_in_the_cache_with_their_record(tiny, tmp_path):
     assert told.path == file
     assert "clean" not in told.made
     zoo.load("tiny/large")
-    assert train("tiny/large").difference == 0
+    again = train("tiny/large")
+    assert (again.difference, again.path) == (0, None)
+    assert file.stat().st_mode & 0o777 == 0o644
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(ValueError, match="sha256"):
         zoo.load("tiny/large")
