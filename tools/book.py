@@ -38,7 +38,11 @@ LAUNCH_TAG = "launch"  # the cell that installs adv on Colab and Binder; only in
 INPUTS = ("adv", "constraints.txt", "reproduce/paper", "reproduce/results")
 
 
-class ChapterFailedError(Exception):
+class BookError(Exception):
+    """The book could not be made; the message says why."""
+
+
+class ChapterFailedError(BookError):
     """A cell of a chapter raised; the message names chapter, cell, line and error."""
 
 
@@ -222,7 +226,7 @@ def sphinx(root: Path, out: Path, config: Path | None = None) -> Path:
         run = subprocess.run(command, cwd=root, stdout=stream, stderr=subprocess.STDOUT)
     text = log.read_text()
     if run.returncode or "Executing notebook" in text:
-        sys.exit(f"{text}\nThe site could not be built (exit code {run.returncode}).")
+        raise BookError(f"{text}\nThe site could not be built (exit code {run.returncode}).")
     return out / "_build" / "html"
 
 
@@ -289,7 +293,7 @@ def notebooks(root: Path, names: list[str]) -> None:
     pages = [p for p in chapters(root) if not names or p.stem in names]
     unknown = set(names) - {p.stem for p in pages}
     if unknown:
-        sys.exit(f"no chapter named {', '.join(sorted(unknown))}")
+        raise BookError(f"no chapter named {', '.join(sorted(unknown))}")
     outside = fingerprint(root)
     for number, path in enumerate(pages, 1):
         print(f"[{number}/{len(pages)}] {path.stem:<20}", end=" ", flush=True)
@@ -302,7 +306,7 @@ def site(root: Path, out: Path, config: Path | None = None) -> Path:
     pages = chapters(root)
     stale = [p.stem for p in pages if not in_step(p)]
     if stale:
-        sys.exit(f"run `make notebooks`: out of step with its .md: {', '.join(stale)}")
+        raise BookError(f"run `make notebooks`: out of step with its .md: {', '.join(stale)}")
     for path in pages:
         forget_page(out, path)
     extra = {} if config is None else {"config": config}
@@ -326,7 +330,7 @@ def main() -> None:
             notebooks(ROOT, arguments.names)
         else:
             print(site(ROOT, arguments.folder.resolve()))
-    except ChapterFailedError as error:
+    except BookError as error:
         sys.exit(f"\nFAILED {error}")
 
 
