@@ -4,7 +4,7 @@
 * ``$...$`` in docstrings is mathematics on the API page, and pipe tables are tables.
 * Each chapter's page offers its executed notebook for download.
 * Each theorem lists the places that refer to it, so that the links go both ways.
-* Launch buttons appear only where the repository's address is set.
+* Launch buttons appear only where the repository's address is set; no script is loaded in vain.
 """
 
 import re
@@ -99,6 +99,17 @@ def offer_notebook(
             group["buttons"] = [button, *others]
 
 
+def drop_thebe(
+    _app: Sphinx, _page: str, _template: str, context: dict[str, Any], _doctree: Any
+) -> None:
+    """Jupyter Book loads thebe's scripts unasked (and twice, an error); nothing here uses them."""
+    context["script_files"] = [
+        script
+        for script in context["script_files"]
+        if "thebe" not in f"{script.filename} {script.attributes.get('body', '')}".lower()
+    ]
+
+
 # --- theorems: links back -------------------------------------------------------------------------
 
 
@@ -170,4 +181,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("env-updated", pages_with_theorems)
     app.connect("doctree-resolved", link_back)
     app.connect("html-page-context", offer_notebook, priority=600)
+    app.connect("html-page-context", drop_thebe, priority=600)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

@@ -56,6 +56,7 @@ def site():
     server, address = serve(book.site(ROOT, ROOT / "_build" / "stored"))
     yield address
     server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")
@@ -207,8 +208,8 @@ def test_theorems_link_both_ways(site, browser):
         back = visit.page.locator(".theorem-uses a").first
         assert back.count()
         theorem = back.evaluate("a => a.closest('.proof').id")
-        url = urljoin(site + "book/geometry.html", back.get_attribute("href"))
-    with Visit(browser, url, "", DESK) as visit:
+        place = urlsplit(urljoin(site + "book/geometry.html", back.get_attribute("href")))
+    with Visit(browser, site, f"{place.path[1:]}#{place.fragment}", DESK) as visit:
         assert visit.page.locator(f"article a[href*='#{theorem}']").count()
 
 
@@ -216,11 +217,13 @@ def test_launch_buttons_lead_to_the_stored_notebooks(browser, tmp_path):
     """With a sample address: the links Colab and Binder would get."""
     config = tmp_path / "_config.yml"
     text = (ROOT / "_config.yml").read_text()
-    config.write_text(text.replace('url: ""', "url: https://github.com/sample/place"))
+    text = text.replace('url: ""', "url: https://github.com/sample/place")
+    config.write_text(text.replace("adv_book: tools", f"adv_book: {ROOT / 'tools'}"))
     server, address = serve(book.site(ROOT, tmp_path, config))
     with Visit(browser, address, "book/geometry.html", DESK) as visit:
         links = visit.page.evaluate("() => [...document.querySelectorAll('a')].map(a => a.href)")
     server.shutdown()
+    server.server_close()
     assert (
         "https://colab.research.google.com/github/sample/place/blob/main/book/geometry.ipynb"
         in links
