@@ -114,6 +114,14 @@ def test_a_batch_of_other_images_is_refused(name):
             network(noise(channels, height, width))
 
 
+@pytest.mark.parametrize(("name", "side"), [("nin", 5), ("densenet40", 3)])
+def test_images_too_small_to_pool_are_refused(name, side):
+    network = models.build(name).eval()
+    with pytest.raises(ValueError, match=f"H, W >= {side + 1}"):
+        network(noise(1, 3, side, side))
+    assert network(noise(1, 3, side + 1, side + 1)).shape == (1, 10)
+
+
 # Construction
 
 
@@ -142,6 +150,7 @@ def test_a_seed_means_the_global_state_after_manual_seed():
 def test_settings_reach_the_network():
     network = models.build("lenet5", seed=0, classes=3, shape=(3, 16, 20), activation="tanh")
     assert network(noise(2, 3, 16, 20)).shape == (2, 3)
+    assert models.build("lenet5", shape=(1, 18, 19))(noise(2, 1, 18, 19)).shape == (2, 10)
     assert models.build("mlp", sizes=(64, 5, 2))(noise(4, 1, 8, 8)).shape == (4, 2)
     with pytest.raises(ValueError, match="no network 'LeNet'; there are mlp,"):
         models.build("LeNet")
@@ -159,6 +168,7 @@ def test_initial_weights_have_the_variance_of_the_papers():
     he = models.build("mlp", sizes=(600, 400), seed=0, init="he").layers[0]
     # 240,000 draws: the sample's standard deviation is within 0.6 % (4 sigma) of the true one.
     assert he.weight.std().item() == pytest.approx(math.sqrt(2 / 600), rel=0.006)
+    assert he.weight.abs().max() > 4 * math.sqrt(2 / 600)  # normal; uniform ends at 1.73
     assert not he.bias.any()
     glorot = models.build("mlp", sizes=(600, 400), seed=0, init="glorot").layers[0]
     bound = math.sqrt(6 / 1000)
@@ -254,6 +264,8 @@ def test_network_in_network_is_a_perceptron_slid_over_patches():
     assert torch.allclose(network.layers[:6](x)[0, :, 10, 5], hidden, rtol=1e-4, atol=1e-5)
     assert network.layers[:8](x).shape == (1, 96, 16, 16)
     assert network.layers[:16](x).shape == (1, 192, 8, 8)
+    before, after = network.layers[:6](x), network.layers[:7](x)
+    assert torch.equal(after[..., 2, 3], before[..., 4:7, 6:9].amax(dim=(2, 3)))
     # The last window of the average pool has only two rows and columns left.
     before, after = network.layers[:14](x), network.layers[:15](x)
     assert torch.allclose(after[..., 2, 3], before[..., 4:7, 6:9].mean(dim=(2, 3)), atol=1e-5)
