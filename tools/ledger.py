@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-CLAIM = re.compile(r"^✓ (\S+): (.+)$", re.MULTILINE)
+CLAIM = re.compile(r"^✓ (?!erratum )(.+?): (.+)$", re.MULTILINE)
 ERRATUM = re.compile(r"^✓ erratum ([\w-]+)/(E\d+)\b", re.MULTILINE)
 COMPARED = re.compile(r"compare\(\s*[\"']([\w-]+)[\"']")
 STRING = re.compile(r"(f?)\"([^\"\n]+)\"|(f?)'([^'\n]+)'")

@@ -155,6 +155,12 @@ def test_page(site, browser, path, size):
         assert not re.search(r"\$[^$\n]+\$|\\(frac|lambda|delta|mathbb)\b", prose)
         assert not re.search(r"\{(ref|glue|cite|doc|prf|eq|numref)[^}]*\}`", prose)
 
+        if size is DESK:
+            cut = page.evaluate(
+                "() => [...document.querySelectorAll('div.cell pre, div.math')]"
+                ".filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"
+            )
+            assert cut == [], "code, output or formulas wider than their column"
         wide = page.evaluate("() => document.documentElement.scrollWidth")
         assert wide <= size["width"], "the page is wider than the screen"
 
