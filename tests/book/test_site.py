@@ -148,7 +148,8 @@ def test_page(site, browser, path, size):
         prose = page.evaluate(
             """() => {
                 const copy = document.querySelector('article').cloneNode(true);
-                copy.querySelectorAll('pre, code, mjx-container, script').forEach(e => e.remove());
+                copy.querySelectorAll('pre, code, dt.sig, mjx-container, script')
+                    .forEach(e => e.remove());
                 return copy.textContent;
             }"""
         )
