@@ -22,6 +22,7 @@ __all__ = [
     "dual_exponent",
     "dual_norm",
     "exponent",
+    "linear_oracle",
     "norm",
     "pixels",
     "project",
@@ -199,6 +200,53 @@ def project(
     if p not in known:
         raise ValueError(f"projections are onto 'linf', 'l2' and 'l1' balls, not {kind!r}")
     return known[p](delta, eps, box=box)
+
+
+def linear_oracle(
+    g: Float[Tensor, "B ..."],
+    kind: Norm,
+    eps: float | Float[Tensor, " B"],
+    *,
+    box: Box | None = None,
+) -> Float[Tensor, "B ..."]:
+    r"""The step that gains most: $\arg\max\langle g,\delta\rangle$ over a ball, or a ball in a box.
+
+    Without a box $\varepsilon v_p(g)$. Within one: under linf that, clipped; under l1 the entries
+    with the largest $|g_i|$ are moved as far as the box allows until $\varepsilon$ is spent; under
+    l2 $\delta=\operatorname{clip}(tg,lo,hi)$ with the $t$ that makes its norm $\varepsilon$, or
+    the whole corner where that is shorter. Clipping afterwards is exact under linf only.
+
+    Args:
+        g: (B, ...) gradients.
+        kind: ``"linf"``, ``"l2"``, ``"l1"``; without a box any number $p\ge1$.
+        eps: radius $\ge0$, in the units of the step; a number or one for each sample, (B,).
+        box: ``(lo, hi)`` shaped like ``g`` with $lo\le0\le hi$, as ``room`` makes it.
+
+    Returns:
+        (B, ...) steps, 0 where $g_i=0$.
+
+    Raises:
+        ValueError: another norm with a box, a negative or NaN ``eps``, shapes that do not fit.
+        TypeError: something else than floating-point tensors and numbers.
+
+    Source: Balda et al. (2018), Theorem 2, without a box; chapter ``convex``.
+    """
+    p, flat, radius, limits = exponent(kind), _flat(g), _column(eps, g, "eps"), _flat_box(box, g)
+    far = radius * _flat(steepest(g, kind))
+    if limits is None or p == math.inf:
+        return _like(_clip(far, limits), g)
+    cap = _clip(flat.sign() * radius, limits).abs()
+    if p == 1:
+        order = flat.abs().argsort(dim=1, descending=True, stable=True)
+        wanted = cap.gather(1, order)
+        left = radius - (wanted.cumsum(dim=1) - wanted)
+        spent = torch.minimum(wanted, left.clamp_min(0))
+        return _like(flat.sign() * torch.zeros_like(flat).scatter(1, order, spent), g)
+    if p != 2:
+        raise ValueError(f"steps within a box are for 'linf', 'l2' and 'l1', not {kind!r}")
+    # So far along g that every entry meets its bound: the projection walks back to the ball.
+    ratio = torch.where(flat != 0, cap / _nonzero(far.abs()), 0.0).amax(dim=1, keepdim=True)
+    return _like(project_l2(ratio * far, eps, box=limits), g)
 
 
 def project_linf(

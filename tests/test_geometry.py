@@ -14,6 +14,7 @@ from adv.geometry import (
     dual_exponent,
     dual_norm,
     exponent,
+    linear_oracle,
     norm,
     pixels,
     project,
@@ -247,6 +248,50 @@ def test_clipping_after_projecting_is_another_point():
         torch.testing.assert_close(z, torch.tensor([[0.3, expected]]))
         clipped = project(u, kind, 1.0).clamp(*box)
         assert (clipped - u).norm() > (z - u).norm() + 0.01
+
+
+# the linear oracle
+
+
+@given(batches(), st.sampled_from(BALLS), st.booleans(), st.sampled_from([0, 1e-3, 0.3, 1, 20]))
+def test_the_linear_oracle_gains_at_least_as_much_as_any_step(batch, kind, boxed, radius):
+    g, box, scale = batch
+    eps = radius * scale
+    step = linear_oracle(g, kind, eps, box=box if boxed else None)
+    slack = 20 * ROUNDING[g.dtype]
+    assert bool((norm(step, kind).double() <= eps * (1 + slack) + 1e-300).all())
+    assert bool((step[g == 0] == 0).all())
+    if boxed:
+        assert bool(((box[0] <= step) & (step <= box[1])).all())
+    gain = (g * step).flatten(1).double().sum(1)
+    rng = np.random.default_rng(0)
+    for reach in (0.1, 1, 1e3):
+        far = torch.tensor(rng.normal(size=g.shape), dtype=g.dtype) * scale + reach * g
+        other = project(far, kind, eps, box=box if boxed else None)
+        rounding = slack * eps * size(g) * g.shape[1:].numel()
+        assert bool(((g * other).flatten(1).double().sum(1) <= gain + rounding).all())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(BALLS), st.sampled_from([0.1, 0.5, 2.0]))
+def test_the_linear_oracle_is_what_a_solver_finds(seed, kind, eps):
+    rng = np.random.default_rng(seed)
+    g, cap = rng.normal(size=(2, 1, 8))
+    low, high = -np.abs(cap), np.where(rng.random((1, 8)) < 0.3, 0, np.abs(rng.normal(size=(1, 8))))
+    z, p = cp.Variable(8), exponent(kind)
+    limits = [cp.norm(z, "inf" if p == math.inf else p) <= eps, low[0] <= z, z <= high[0]]
+    best = cp.Problem(cp.Maximize(g[0] @ z), limits).solve(solver=cp.CLARABEL)
+    box = (torch.tensor(low), torch.tensor(high))
+    step = linear_oracle(torch.tensor(g), kind, eps, box=box)
+    assert (step.numpy() * g).sum() == pytest.approx(best, abs=1e-6)
+
+
+def test_the_linear_oracle_without_a_box_is_the_steepest_step():
+    g = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0))
+    radii = torch.tensor([0.5, 1.0, 2.0])
+    assert torch.equal(linear_oracle(g, 3.0, radii), radii[:, None, None] * steepest(g, 3.0))
+    with pytest.raises(ValueError, match="within a box"):
+        linear_oracle(g, 3.0, 1.0, box=(-torch.ones_like(g), torch.ones_like(g)))
 
 
 def test_radius_for_each_sample():

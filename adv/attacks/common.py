@@ -21,7 +21,7 @@ from torch.nn import functional
 Bounds = tuple[float, float]
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
-Objective = Literal["ce", "margin"] | Loss
+Objective = Literal["ce", "margin", "score"] | Loss
 Observe = Callable[[int, dict[str, Any]], None]
 
 TOLERANCE = 1e-6
@@ -89,30 +89,41 @@ def _negative_margin(logits: Tensor, y: Tensor) -> Tensor:
     return -margin(logits, y)
 
 
+def _negative_score(logits: Tensor, y: Tensor) -> Tensor:
+    return -logits.gather(1, y[:, None]).squeeze(1)
+
+
 def objective(loss: Objective, targeted: bool = False) -> Loss:
     """What the attacker climbs: the loss at the true label, or minus the loss at the target.
 
     Args:
-        loss: ``"ce"`` (cross-entropy), ``"margin"`` (minus the margin), or a function
-            ``(logits (B, K), y (B,)) -> (B,)`` that grows as the samples look less like ``y``.
+        loss: ``"ce"`` (cross-entropy), ``"margin"`` (minus the margin), ``"score"`` (minus the
+            logit of ``y``), or a function ``(logits (B, K), y (B,)) -> (B,)`` that grows as the
+            samples look less like ``y``.
         targeted: whether ``y`` is the class wanted.
 
     Returns:
         A function ``(logits, y) -> (B,)`` to maximize.
 
     Raises:
-        ValueError: a name that is neither ``"ce"`` nor ``"margin"``.
+        ValueError: another name.
         TypeError: neither a name nor a function.
     """
     if isinstance(loss, str):
-        named: dict[str, Loss] = {"ce": _cross_entropy, "margin": _negative_margin}
+        named: dict[str, Loss] = {
+            "ce": _cross_entropy,
+            "margin": _negative_margin,
+            "score": _negative_score,
+        }
         if loss not in named:
-            raise ValueError(f"loss is 'ce', 'margin' or a function (logits, y), not {loss!r}")
+            raise ValueError(
+                f"loss is 'ce', 'margin', 'score' or a function (logits, y), not {loss!r}"
+            )
         chosen = named[loss]
     elif callable(loss):
         chosen = loss
     else:
-        raise TypeError(f"loss is 'ce', 'margin' or a function (logits, y), not {loss!r}")
+        raise TypeError(f"loss is 'ce', 'margin', 'score' or a function (logits, y), not {loss!r}")
     return (lambda logits, y: -chosen(logits, y)) if targeted else chosen
 
 

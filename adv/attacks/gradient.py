@@ -6,8 +6,10 @@ FGSM takes one step, PGD many with a projection after each; random noise takes n
 import math
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from adv.attacks.common import (
@@ -27,14 +29,14 @@ from adv.attacks.common import (
     margin,
     objective,
 )
-from adv.geometry import Box, Norm, exponent, project, room, steepest
+from adv.geometry import Box, Norm, exponent, linear_oracle, project, room, steepest
 from adv.geometry import norm as norm_of
 
 __all__ = ["Noise", "fgsm", "noise", "pgd", "random_noise", "sparse_step"]
 
 Noise = Literal["ball", "sphere", "sign"]
 EXACT = (1.0, 2.0, math.inf)
-"""The exponents whose balls can be projected onto and sampled."""
+"""The exponents whose balls can be projected onto."""
 
 
 def fgsm(
@@ -196,7 +198,7 @@ def random_noise(
         x: (B, ...) inputs inside ``bounds``.
         y: (B,) true labels, or targets where ``targeted``.
         eps: radius, >= 0, in the units of ``x``.
-        norm: ``"linf"``, ``"l2"`` or ``"l1"``; with ``kind="sign"`` any number p >= 1.
+        norm: ``"linf"``, ``"l2"``, ``"l1"`` or any number p >= 1.
         draws: perturbations tried for each sample; draw ``k`` has a stream of its own.
         kind: law of the noise, as in ``noise``; then clipped to the bounds.
         targeted: keep the draw with the largest margin of the target.
@@ -238,7 +240,7 @@ def noise(
     Args:
         x: (B, ...) only its shape, dtype and device matter.
         eps: radius in the units of ``x``.
-        norm: ``"linf"``, ``"l2"`` or ``"l1"``; with ``kind="sign"`` any number p >= 1.
+        norm: ``"linf"``, ``"l2"``, ``"l1"`` or any number p >= 1.
         kind: ``"ball"``: uniform in the ball; ``"sphere"``: those scaled to length ``eps`` (under
             linf, one entry at least then reaches it); ``"sign"``: independent signs, all entries
             equally large, scaled to length ``eps``.
@@ -248,13 +250,11 @@ def noise(
         (B, ...) with $\|\delta\|_p\le\varepsilon$, and equality unless ``kind="ball"``.
 
     Raises:
-        ValueError: an unknown kind, or a norm whose ball is not sampled.
+        ValueError: an unknown kind or norm.
     """
     p, d = exponent(norm), x.shape[1:].numel()
     if kind not in ("ball", "sphere", "sign"):
         raise ValueError(f"kind is 'ball', 'sphere' or 'sign', not {kind!r}")
-    if kind != "sign" and p not in EXACT:
-        raise ValueError(f"noise is drawn in 'linf', 'l2' and 'l1' balls, not {norm!r}")
     shape: Any = {"size": x.shape, "dtype": x.dtype, "generator": generator}
     if kind == "sign":
         z = (torch.rand(**shape) < 0.5).to(x.dtype) * 2 - 1
@@ -262,10 +262,10 @@ def noise(
         z = torch.rand(**shape) * 2 - 1
     elif p == 2:
         z = torch.randn(**shape)
-    else:  # Laplace: a sign and an exponential, from one uniform number
+    else:
         u = torch.rand(**shape) * 2 - 1
-        # -1 is among the numbers drawn, and its logarithm is infinite: half a spacing inside
-        z = -u.sign() * torch.log1p(-u.abs().clamp_max(1 - torch.finfo(x.dtype).eps / 2))
+        # -1 is among the numbers drawn, and infinite as a quantile: half a spacing inside
+        z = u.sign() * _quantile(u.abs().clamp_max(1 - torch.finfo(x.dtype).eps / 2), p)
     if kind == "ball" and p == math.inf:
         return eps * z.to(x.device)
     radius = torch.ones(len(x), dtype=x.dtype)
@@ -302,14 +302,9 @@ def sparse_step(
 
     Source: Tramer and Boneh (2019), SLIDE, whose step has no spill-over; chapter ``first_example``.
     """
-    flat = g.flatten(1)
-    share = length / max(1, math.ceil(flat.shape[1] * (1 - sparsity) - 1e-9))
-    free = torch.where(g > 0, box[1] - delta, delta - box[0]).flatten(1)
-    order = flat.abs().argsort(dim=1, descending=True, stable=True)
-    wanted = free.clamp(0, share).gather(1, order)
-    left = length - (wanted.cumsum(dim=1) - wanted)
-    spent = torch.minimum(wanted, left.clamp_min(0))
-    return (flat.sign() * torch.zeros_like(flat).scatter(1, order, spent)).view_as(g)
+    share = length / max(1, math.ceil(g[0].numel() * (1 - sparsity) - 1e-9))
+    low, high = (box[0] - delta).clamp(-share, 0), (box[1] - delta).clamp(0, share)
+    return linear_oracle(g, "l1", length, box=(low, high))
 
 
 def _score(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
@@ -322,6 +317,16 @@ def _step(g: Tensor, delta: Tensor, alpha: float, norm: Norm, box: Box, sparsity
     if exponent(norm) == 1:
         return sparse_step(g, delta, alpha, box, sparsity=sparsity)
     return alpha * steepest(g, norm)
+
+
+def _quantile(u: Tensor, p: float) -> Tensor:
+    r"""Inverse distribution function of $|z|$ where $z$ has a density like $e^{-|z|^p}$."""
+    if p == 1:
+        return -torch.log1p(-u)
+    share = u.double().numpy()  # |z|^p has the gamma law of shape 1/p, which begins like u^p
+    power = gammaincinv(1 / p, share)
+    start = share * math.gamma(1 + 1 / p)
+    return torch.from_numpy(np.where(power > 1e-200, power ** (1 / p), start)).to(u.dtype)
 
 
 def _unit_l1(g: Tensor) -> Tensor:

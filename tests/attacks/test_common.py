@@ -82,12 +82,13 @@ def test_objectives_have_their_textbook_values():
     assert torch.allclose(objective("ce")(logits, y), ce)
     assert torch.allclose(objective("ce", targeted=True)(logits, y), -ce)
     assert objective("margin")(logits, y).tolist() == [-1.5, 2.0]
+    assert torch.equal(objective("score")(logits, y), -logits[[0, 1], y])
     assert objective(lambda f, y: f[:, 0], targeted=True)(logits, y).tolist() == [-2.0, 0.0]
 
 
 @pytest.mark.parametrize(("loss", "error"), [("hinge", ValueError), (3, TypeError)])
 def test_objective_refuses(loss, error):
-    with pytest.raises(error, match="'ce', 'margin' or a function"):
+    with pytest.raises(error, match="'ce', 'margin', 'score' or a function"):
         objective(loss)
 
 
