@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from adv.lab.claims import escape
+
 CLAIM = re.compile(r"^✓ (?!erratum )(.+?): (.+)$", re.MULTILINE)
 ERRATUM = re.compile(r"^✓ erratum ([\w-]+)/(E\d+)\b", re.MULTILINE)
 COMPARED = re.compile(r"compare\(\s*[\"']([\w-]+)[\"']")
@@ -142,12 +144,20 @@ def read_chapter(file: Path, linked: bool, papers: dict[str, Any]) -> Chapter:
         if cell["cell_type"] != "code":
             continue
         outputs = cell.get("outputs", [])
-        printed = "".join("".join(o["text"]) for o in outputs if o.get("name") == "stdout")
+        printed = "\n".join(said(output) for output in outputs)
         chapter.claims += CLAIM.findall(printed)
         chapter.errata |= set(ERRATUM.findall(printed))
         for key, cells_of_ours in compared("".join(cell["source"]), outputs, papers):
             chapter.tables.setdefault(key, set()).update(cells_of_ours)
     return chapter
+
+
+def said(output: dict[str, Any]) -> str:
+    """What an output says as plain text: printed, or displayed with formulas."""
+    if output.get("name") == "stdout":
+        return "".join(output["text"])
+    data = output.get("data", {})
+    return "".join(data.get("text/plain", "")) if "text/markdown" in data else ""
 
 
 def compared(
@@ -337,20 +347,6 @@ def dropdown(title: str, body: list[str]) -> list[str]:
 def number(count: int, noun: str) -> str:
     """A count with its noun."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def escape(text: str) -> str:
-    """Text as MyST shows it literally, with ``$...$`` kept as mathematics."""
-    text = " ".join(text.split())
-    if text.count("$") % 2:
-        return literal(text)
-    parts = text.split("$")
-    return "".join(f"${part}$" if i % 2 else literal(part) for i, part in enumerate(parts))
-
-
-def literal(text: str) -> str:
-    """Text with the characters escaped that MyST reads as markup."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$^&!])", r"\\\1", text)
 
 
 if __name__ == "__main__":

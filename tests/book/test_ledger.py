@@ -117,6 +117,14 @@ def test_errata_tell_where_they_are_checked(book):
     assert r"A \[paper\] on $x_1$ {cite}`someone2020`." in text
 
 
+def test_an_erratum_shown_with_formulas_counts(book):
+    said = "✓ erratum someone/E1, (2): $x$"
+    shown = {"data": {"text/plain": [said], "text/markdown": [said]}}
+    other = {"data": {"text/plain": ["✓ erratum someone/E2, (2): a value, not shown"]}}
+    root = book(zeta=[code("erratum(...)") | {"outputs": [shown, other]}])
+    assert "2 items, 1 checked in a chapter." in ledger.page(root)
+
+
 def test_an_erratum_that_no_file_has_is_refused(book):
     root = book(zeta=[code("erratum(...)", text="✓ erratum someone/E9 ((2)): text\n")])
     with pytest.raises(ValueError, match=r"zeta\.ipynb.*E9"):

@@ -1,12 +1,15 @@
 """Claims and errata print or stop; tables of the papers stand beside ours, gaps shown."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import yaml
 
 from adv.lab import claims
-from adv.lab.claims import claim, compare, erratum, paper
+from adv.lab.claims import claim, compare, erratum, escape, paper
 
 PAPER = {
     "tables": [
@@ -67,6 +70,19 @@ def test_only_bools_are_truth(holds, folder):
         claim("a/b", "c", holds)
     with pytest.raises(TypeError, match="one bool"):
         erratum("toy/E1", holds)
+
+
+def test_erratum_typesets_its_formulas_in_a_notebook(folder, capsys, monkeypatch):
+    shown = []
+    display = SimpleNamespace(display=shown.append)
+    notebook = SimpleNamespace(get_ipython=lambda: "a kernel", display=display)
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    erratum("toy/E1", True)
+    line = "✓ erratum toy/E1, (3.2): The sign is wrong."
+    assert repr(shown[0]) == shown[0]._repr_markdown_() == line
+    assert escape("a_b * $c_d * e$ {f}") == r"a\_b \* $c_d * e$ \{f\}"
+    assert escape("5 $ a_b") == r"5 \$ a\_b"
+    assert not capsys.readouterr().out
 
 
 def test_erratum(folder, capsys):
