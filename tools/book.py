@@ -233,6 +233,7 @@ def sphinx(root: Path, out: Path, config: Path | None = None) -> Path:
 def publish(root: Path, out: Path, notebooks: dict[Path, NotebookNode], **kwargs: Path) -> Path:
     """Build the site from executed notebooks, which readers can download beside each page."""
     seed_cache(out / "_build" / ".jupyter_cache", notebooks)
+    forget_pages_of_other_tools(out)
     html = sphinx(root, out, **kwargs)
     downloads = html / "_downloads"
     downloads.mkdir(exist_ok=True)
@@ -246,6 +247,16 @@ def forget_page(out: Path, path: Path) -> None:
     (out / "_build" / ".doctrees" / path.parent.name / f"{path.stem}.doctree").unlink(
         missing_ok=True
     )
+
+
+def forget_pages_of_other_tools(out: Path) -> None:
+    """Make Sphinx read all pages again where our extension changed, which it does not notice."""
+    code = [Path(__file__).with_name(name).read_bytes() for name in ("adv_book.py", "ledger.py")]
+    digest, mark = hashlib.sha256(b"".join(code)).hexdigest(), out / "_build" / ".tools"
+    if not mark.exists() or mark.read_text() != digest:
+        shutil.rmtree(out / "_build" / ".doctrees", ignore_errors=True)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(digest)
 
 
 def up_to_date(

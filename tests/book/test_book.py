@@ -178,6 +178,20 @@ def test_the_launch_cell_follows_the_one_setting(small_book):
     assert nbval(small_book / "book/tiny.ipynb").returncode == 0
 
 
+def test_pages_made_by_another_extension_are_forgotten(tmp_path):
+    page = tmp_path / "_build/.doctrees/book/tiny.doctree"
+
+    def survives():
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_bytes(b"")
+        book.forget_pages_of_other_tools(tmp_path)
+        return page.exists()
+
+    assert [survives(), survives()] == [False, True]
+    (tmp_path / "_build/.tools").write_text("of another extension")
+    assert not survives()
+
+
 def test_conda_takes_its_versions_from_the_shared_files():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     (requirements,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
