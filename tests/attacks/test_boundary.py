@@ -5,6 +5,7 @@ import cvxpy as cp
 import numpy as np
 import pytest
 import torch
+from helpers import EXPONENTS, WIDE, affine, inputs, lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,27 +14,7 @@ from adv.attacks.boundary import boundary_step, deepfool
 from adv.attacks.common import TOLERANCE, GradientMaskingWarning, is_adversarial, margin
 from adv.geometry import norm as length
 
-WIDE = (-50.0, 50.0)
 NORMS = ["l2", "linf", 1.5, 4.0]
-P = {"linf": math.inf, "l2": 2.0}
-
-
-def affine(classes, d, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    model = nn.Linear(d, classes).double()
-    with torch.no_grad():
-        model.weight.copy_(torch.randn(classes, d, generator=g))
-        model.bias.copy_(torch.randn(classes, generator=g))
-    return model.requires_grad_(False)
-
-
-def inputs(count, d, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return torch.rand(count, d, dtype=torch.float64, generator=g)
-
-
-def lengths(delta, norm):
-    return np.linalg.norm(delta.flatten(1).numpy(), P.get(norm, norm), axis=1)
 
 
 # affine models: the distance is known
@@ -43,7 +24,7 @@ def lengths(delta, norm):
 def test_one_step_reaches_the_closed_form_distance(norm):
     model, x = affine(5, 12), inputs(40, 12)
     y = model(x).argmax(1)
-    p = P.get(norm, norm)
+    p = EXPONENTS.get(norm, norm)
     q = 1.0 if math.isinf(p) else p / (p - 1)
     w = (model.weight[None] - model.weight[y][:, None]).numpy()
     gap = (model(x).gather(1, y[:, None]) - model(x)).numpy()
@@ -86,7 +67,7 @@ def test_boundary_step_lands_on_the_nearest_boundary(seed, norm):
     f, jac = rng.normal(size=(1, 5)), rng.normal(size=(1, 5, 7))
     y = int(f.argmax())
     step, distance = boundary_step(torch.tensor(f), torch.tensor(jac), torch.tensor([y]), norm)
-    step, p = step[0].numpy(), P.get(norm, norm)
+    step, p = step[0].numpy(), EXPONENTS.get(norm, norm)
     moved = f[0] + jac[0] @ step
     rest = np.delete(moved, y)
     assert moved[y] == pytest.approx(rest.max(), abs=1e-4)  # a tie, and no other class above

@@ -4,6 +4,7 @@ import cvxpy as cp
 import numpy as np
 import pytest
 import torch
+from helpers import WIDE, affine, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,26 +22,7 @@ from adv.attacks.gradient import fgsm, pgd
 from adv.geometry import dual_norm
 from adv.geometry import norm as length
 
-WIDE = (-50.0, 50.0)
 NORMS = [1.0, 1.25, 1.5, 2.0, 3.0, 10.0, math.inf]
-
-
-def linear(weight, bias):
-    model = nn.Linear(weight.shape[1], weight.shape[0]).double()
-    with torch.no_grad():
-        model.weight.copy_(weight)
-        model.bias.copy_(bias)
-    return model.requires_grad_(False)
-
-
-def random_linear(classes, d, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return linear(torch.randn(classes, d, generator=g), torch.randn(classes, generator=g))
-
-
-def uniform(count, d, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return torch.rand(count, d, dtype=torch.float64, generator=g)
 
 
 # the two programs, against a conic solver
@@ -48,7 +30,7 @@ def uniform(count, d, seed=1):
 
 @pytest.mark.parametrize("p", NORMS)
 def test_a_step_solves_the_norm_constrained_program(p):
-    model, x, eps = random_linear(2, 12), uniform(3, 12), 0.7
+    model, x, eps = affine(2, 12), inputs(3, 12), 0.7
     y = model(x).argmax(dim=1)
     x_adv = gnm(model, x, y, eps=eps, norm=p, bounds=WIDE)
     w = (model.weight[0] - model.weight[1]).numpy()
@@ -96,7 +78,7 @@ def test_a_step_within_the_box_is_the_best_one(seed, norm, eps):
     rng = np.random.default_rng(seed)
     d = int(rng.integers(1, 9))
     x = torch.tensor(np.where(rng.random((1, d)) < 0.3, 0.0, rng.random((1, d))))
-    model = random_linear(2, d, seed)
+    model = affine(2, d, seed)
     y = torch.tensor([seed % 2])
     x_adv = gnm(model, x, y, eps=eps, norm=norm)
     w = (model.weight[y] - model.weight[1 - y]).numpy()[0]
@@ -114,7 +96,7 @@ def test_a_step_within_the_box_is_the_best_one(seed, norm, eps):
 
 @pytest.mark.parametrize("p", NORMS)
 def test_below_the_radius_the_program_has_no_solution(p):
-    model, x = random_linear(2, 12), uniform(5, 12)
+    model, x = affine(2, 12), inputs(5, 12)
     y = model(x).argmax(dim=1)
     radius = margin_radius(model, x, y, norm=p)
     for scale, sign in ((1 - 1e-9, 1), (1 + 1e-9, -1)):
@@ -129,7 +111,7 @@ def test_below_the_radius_the_program_has_no_solution(p):
 
 def test_the_runner_up_need_not_be_nearest():
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, -10.0]], dtype=torch.float64)
-    model = linear(weight, torch.tensor([1.0, 0.0, -0.1], dtype=torch.float64))
+    model = affine(3, 2, weight=weight, bias=torch.tensor([1.0, 0.0, -0.1]))
     x, y = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0])
     assert margin_radius(model, x, y, norm="l2").item() == pytest.approx(1.0)
     assert margin_radius(model, x, y, norm="l2", nearest=True).item() == pytest.approx(0.11)
@@ -137,7 +119,7 @@ def test_the_runner_up_need_not_be_nearest():
 
 @pytest.mark.parametrize("norm", ["linf", "l2", 3.0])
 def test_the_nearest_radius_is_the_distance_of_an_affine_model(norm):
-    model, x = random_linear(7, 15, seed=3), uniform(30, 15)
+    model, x = affine(7, 15, seed=3), inputs(30, 15)
     y = model(x).argmax(dim=1)
     radius = margin_radius(model, x, y, norm=norm, nearest=True)
     x_adv = deepfool(model, x, y, norm=norm, overshoot=0.0, bounds=WIDE)
@@ -164,10 +146,10 @@ def test_radii_by_hand_on_a_network(digits):
 
 
 def test_a_wrong_label_has_a_negative_radius_and_a_flat_model_an_infinite_one():
-    model, x = random_linear(3, 4), uniform(6, 4)
+    model, x = affine(3, 4), inputs(6, 4)
     wrong = model(x).argmin(dim=1)
     assert bool((margin_radius(model, x, wrong) < 0).all())
-    flat = linear(torch.zeros(3, 4), torch.tensor([1.0, 0.0, 0.0]))
+    flat = affine(3, 4, weight=torch.zeros(3, 4), bias=torch.tensor([1.0, 0.0, 0.0]))
     y = torch.zeros(6, dtype=torch.int64)
     assert bool(margin_radius(flat, x, y).isinf().all())
     assert bool(margin_radius(flat, x, y, nearest=True).isinf().all())
@@ -250,14 +232,14 @@ def test_more_steps_fool_more(digits):
     st.integers(0, 1000),
 )
 def test_the_radius_is_kept_whatever_the_dither(norm, radii, seed):
-    model = nn.Sequential(random_linear(9, 10), nn.Tanh(), random_linear(4, 9, seed=5))
-    x, y = uniform(8, 10), torch.arange(8) % 4
+    model = nn.Sequential(affine(9, 10), nn.Tanh(), affine(4, 9, seed=5))
+    x, y = inputs(8, 10), torch.arange(8) % 4
     x_adv = gnm(model, x, y, eps=0.4, norm=norm, steps=6, dither=radii, seed=seed, bounds=WIDE)
     assert bool((length(x_adv - x, norm) <= 0.4 * (1 + 1e-12)).all())
 
 
 def test_the_dither_moves_the_expansion_point_only():
-    model, x, y = random_linear(3, 6), uniform(4, 6), torch.arange(4) % 3
+    model, x, y = affine(3, 6), inputs(4, 6), torch.arange(4) % 3
     seen = []
     args = {"eps": 0.2, "steps": 3, "norm": "l2"}
     x_adv = gnm(
@@ -270,14 +252,14 @@ def test_the_dither_moves_the_expansion_point_only():
     assert torch.equal(seen[2]["point"], seen[2]["x_adv"])
     assert torch.equal(seen[0]["x_adv"], x)
     # an affine model with two classes has one gradient everywhere
-    model, y = random_linear(2, 6), torch.arange(4) % 2
+    model, y = affine(2, 6), torch.arange(4) % 2
     plain = gnm(model, x, y, **args)
     assert torch.equal(gnm(model, x, y, dither=0.3, **args), plain)
     assert x_adv.shape == plain.shape
 
 
 def test_a_number_dithers_the_first_step_only():
-    model, x, y = random_linear(3, 6), uniform(4, 6), torch.arange(4) % 3
+    model, x, y = affine(3, 6), inputs(4, 6), torch.arange(4) % 3
     seen = []
     gnm(model, x, y, eps=0.2, steps=2, dither=0.1, observe=lambda _, s: seen.append(s))
     assert not torch.equal(seen[0]["point"], seen[0]["x_adv"])
@@ -304,15 +286,15 @@ def test_any_objective_can_be_climbed():
 def test_a_vanishing_gradient_is_reported():
     with pytest.warns(GradientMaskingWarning, match="successive_linearization"):
         successive_linearization(lambda z: (0 * z).sum(1), torch.rand(2, 3), eps=0.1)
-    model = nn.Sequential(random_linear(3, 4), nn.Threshold(1e9, 1.0))
+    model = nn.Sequential(affine(3, 4), nn.Threshold(1e9, 1.0))
     y = torch.zeros(2, dtype=torch.int64)
     with pytest.warns(GradientMaskingWarning, match="gnm"):
         gnm(model, torch.rand(2, 4).double(), y, eps=0.1)
 
 
 def test_an_ensemble_averages_probabilities():
-    models = [random_linear(4, 6, seed) for seed in range(3)]
-    x = uniform(5, 6)
+    models = [affine(4, 6, seed) for seed in range(3)]
+    x = inputs(5, 6)
     both = ensemble(models, [1, 1, 2])(x).softmax(dim=1)
     weighted = sum(w * m(x).softmax(1) for w, m in zip((0.25, 0.25, 0.5), models, strict=True))
     assert torch.allclose(both, weighted, atol=1e-12)
@@ -340,14 +322,14 @@ def test_bad_ensembles(models, weights):
 )
 def test_bad_settings(wrong, error, says):
     with pytest.raises(error, match=says):
-        gnm(random_linear(3, 4), uniform(2, 4), torch.tensor([0, 1]), **({"eps": 0.1} | wrong))
+        gnm(affine(3, 4), inputs(2, 4), torch.tensor([0, 1]), **({"eps": 0.1} | wrong))
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_the_device_makes_no_difference(norm):
-    model, x, y = random_linear(3, 8), uniform(6, 8), torch.arange(6) % 3
+    model, x, y = affine(3, 8), inputs(6, 8), torch.arange(6) % 3
     settings = {"eps": 0.3, "norm": norm, "steps": 4, "dither": 0.2}
     here = gnm(model, x, y, **settings)
     there = gnm(model.cuda(), x.cuda(), y.cuda(), **settings)

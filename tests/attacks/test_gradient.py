@@ -5,6 +5,7 @@ import cvxpy as cp
 import numpy as np
 import pytest
 import torch
+from helpers import EXPONENTS, WIDE, affine, inputs, lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -14,28 +15,6 @@ from adv.attacks.common import GradientMaskingWarning, generator, margin
 from adv.attacks.gradient import fgsm, noise, pgd, random_noise, sparse_step
 from adv.geometry import room
 
-WIDE = (-50.0, 50.0)
-P = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
-
-
-def affine(classes, d, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    model = nn.Linear(d, classes).double()
-    with torch.no_grad():
-        model.weight.copy_(torch.randn(classes, d, generator=g))
-        model.bias.copy_(torch.randn(classes, generator=g))
-    return model.requires_grad_(False)
-
-
-def inputs(count, d, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return torch.rand(count, d, dtype=torch.float64, generator=g)
-
-
-def lengths(delta, norm):
-    return np.linalg.norm(delta.flatten(1).numpy(), P.get(norm, norm), axis=1)
-
-
 # affine models: the worst case is known
 
 
@@ -44,7 +23,7 @@ def lengths(delta, norm):
 def test_fgsm_reaches_the_worst_case_of_two_classes(norm, loss):
     model, x, eps = affine(2, 12), inputs(20, 12), 0.3
     y = torch.arange(20) % 2
-    p = P.get(norm, norm)
+    p = EXPONENTS.get(norm, norm)
     q = 1.0 if math.isinf(p) else math.inf if p == 1 else p / (p - 1)
     w = (model.weight[0] - model.weight[1]).numpy()
     x_adv = fgsm(model, x, y, eps=eps, norm=norm, loss=loss, bounds=WIDE)
@@ -266,7 +245,7 @@ def test_noise_is_uniform_in_the_ball(norm):
     z = noise(x, 2.0, norm, generator=generator(0)).numpy() / 2
     # E||z|| = d / (d + 1); E z_1^2 is an integral over the ball (1/4 in the disk)
     assert lengths(torch.tensor(z), norm).mean() == pytest.approx(2 / 3, abs=0.01)
-    p, t = P.get(norm, norm), np.linspace(0, 1, 20_001)
+    p, t = EXPONENTS.get(norm, norm), np.linspace(0, 1, 20_001)
     height = np.ones_like(t) if math.isinf(p) else (1 - t**p) ** (1 / p)
     assert (z[:, 0] ** 2).mean() == pytest.approx((t**2 * height).mean() / height.mean(), abs=0.005)
     assert np.abs(z.mean(0)).max() < 0.01
