@@ -1,0 +1,127 @@
+"""Make tables and figures of the papers: ``python -m reproduce [NAME ...]``, or ``make reproduce``.
+
+Says what is missing and what will run, and how long that may take; then lets Snakemake do it.
+"""
+
+import argparse
+import fcntl
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from reproduce.plan import ROOT, Item, Plan, Task, read
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the workflow; return Snakemake's exit status."""
+    given = _parser().parse_args(arguments)
+    only = tuple(filter(None, given.only.split(",")))
+    plan = Plan(given.settings, given.results, given.work, only, given.trust)
+    if unknown := [name for name in given.names if name not in plan.items]:
+        sys.exit(f"no {', '.join(unknown)}; there are {', '.join(plan.items)}")
+    items = [plan.items[name] for name in given.names or plan.items]
+    tasks = plan.tasks(items)
+    print(report(plan, items, tasks), flush=True)
+    with alone(plan.work):
+        status = subprocess.run(command(plan, items, tasks, given), cwd=ROOT).returncode
+    if status == 0 and not given.dry:
+        from reproduce.summary import show  # takes seconds: PyTorch
+
+        for item in items:
+            print("\n" + show(read(plan.output(item)) or {}))
+    return status
+
+
+def report(plan: Plan, items: list[Item], tasks: list[Task]) -> str:
+    """What is missing, what will run and why, and an estimate of the time."""
+    lines = []
+    networks = {(item.paper, cell.model): cell for item in items for cell in item.cells.values()}
+    for (paper, model), cell in networks.items():
+        datasets = plan.paper(paper)["networks"][model]["data"]
+        used = plan.runs(cell)[0].network.dataset
+        if not plan.available(used):
+            lines.append(f"no data for {model} of {paper}: {' or '.join(datasets)}")
+        elif used != datasets[0]:
+            lines.append(f"no {datasets[0]} for {model} of {paper}: {used} instead")
+    for task in tasks:
+        known = "" if math.isnan(task.seconds) else f"  {task.seconds:8.0f} s"
+        lines.append(f"{task!s:<90}{known or '         ? s'}")
+    total = sum(task.seconds for task in tasks if not math.isnan(task.seconds))
+    unknown = sum(math.isnan(task.seconds) for task in tasks)
+    lines.append(
+        f"{len(tasks)} trainings and attacks to run: about {duration(total)} one after the other"
+        + (f", and {unknown} whose time isn't known yet" if unknown else "")
+    )
+    return "\n".join(lines)
+
+
+def command(
+    plan: Plan, items: list[Item], tasks: list[Task], given: argparse.Namespace
+) -> list[str]:
+    """Snakemake's command line."""
+    profile = HERE / "profiles" / given.profile
+    line = [sys.executable, "-m", "snakemake", "--snakefile", str(HERE / "Snakefile")]
+    line += ["--profile", str(profile if profile.is_dir() else given.profile)]
+    line += ["--directory", str(plan.work)]
+    # The records tell what changed, also after a checkout, of which Snakemake knows nothing.
+    line += ["--rerun-triggers", "input", "--rerun-incomplete", "--nolock"]
+    known = [name for name in plan.mentioned() if plan.available(name)]
+    forced = [plan.output(item) for item in items]
+    for task in tasks:
+        path = plan.record(task.subject)
+        if path.is_file():
+            forced.append(path)
+    line += ["--forcerun", *map(str, forced)]
+    line += [
+        "--config",
+        f"settings={plan.settings}",
+        f"results={plan.results}",
+        f"work={plan.work}",
+    ]
+    line += [f"only={' '.join(plan.only)}", f"datasets={' '.join(known)}"]
+    line += ["--cores", given.cores] if given.cores else []
+    line += ["--dry-run", "--quiet", "rules"] if given.dry else []
+    return [*line, *given.snakemake, "--", *(str(plan.output(item)) for item in items)]
+
+
+@contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which, unlike Snakemake's, ends with the process that holds it."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"another run holds {work / 'lock'}; wait for it, or choose another --work")
+        yield
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m reproduce", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="such as convex-3; default: all")
+    parser.add_argument("--dry", action="store_true", help="only show what would run")
+    parser.add_argument("--only", default="", help="networks to run, separated by commas")
+    parser.add_argument("--trust", action="store_true", help="keep results of older code")
+    parser.add_argument("--profile", default="local", help="local, slurm, or a profile's folder")
+    parser.add_argument("--cores", default=os.environ.get("CORES", ""), help="jobs at a time")
+    for folder in ("settings", "results", "work"):
+        parser.add_argument(f"--{folder}", type=Path, default=getattr(Plan, folder))
+    parser.add_argument("--snakemake", nargs=argparse.REMAINDER, default=[], help="its options")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""What is measured on perturbed images: each function is a measure that settings can name.
+
+A measure takes a ``Sample`` and returns named values: numbers, or lists with one for each radius.
+Shares are fractions of 1; a table's settings scale them to what the paper prints.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adv.attacks.convex import margin_radius
+from adv.geometry import Norm
+from adv.geometry import norm as length
+from adv.lab.evaluation import CHUNK, accuracy, psnr, rho_adv, success
+
+__all__ = ["MEASURES", "Sample", "Value"]
+
+Value = float | list[float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A network, the images that were attacked, and what became of them.
+
+    Args:
+        model: in evaluation mode.
+        x: (N, C, H, W) the images considered, attacked or not.
+        y: (N,) their labels.
+        attacked: (N,) which of them were attacked.
+        points: perturbed copies of those, one tensor for each radius, or a single one.
+        eps: the radii; None for a minimal-norm attack.
+        settings: of the attack.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    attacked: Tensor
+    points: Sequence[Tensor]
+    eps: Sequence[float] | None
+    settings: Mapping[str, Any]
+
+    @property
+    def norm(self) -> Norm:
+        """The norm of the attack."""
+        return self.settings.get("norm", "linf")
+
+    def norms(self) -> Tensor:
+        """Sizes of minimal perturbations; infinite where nothing was found."""
+        if self.eps is not None:
+            raise ValueError("this measure is of an attack without eps")
+        x, y = self.x[self.attacked], self.y[self.attacked]
+        found = success(self.model, self.points[0], y)
+        return torch.where(found, length(self.points[0] - x, self.norm), math.inf)
+
+
+def error(sample: Sample) -> dict[str, Value]:
+    """Share of the images that are misclassified without a perturbation."""
+    return {"error": 1 - accuracy(sample.model, sample.x, sample.y)}
+
+
+def radius(sample: Sample) -> dict[str, Value]:
+    r"""Mean linearized distance to the boundary, $\hat\rho_2$, over correctly classified images.
+
+    Also its median, and its mean where every class is considered instead of the runner-up (E2).
+
+    Source: Balda et al. (2018), section 2.
+    """
+    x, y = (part[sample.attacked].split(CHUNK) for part in (sample.x, sample.y))
+    runner_up, nearest = (
+        torch.cat(
+            [
+                margin_radius(sample.model, *pair, norm=sample.norm, nearest=every)
+                for pair in zip(x, y, strict=True)
+            ]
+        )
+        for every in (False, True)
+    )
+    return {
+        "rho2": float(runner_up.mean()),
+        "rho2-median": float(runner_up.median()),
+        "rho2-nearest": float(nearest.mean()),
+    }
+
+
+def minimal(sample: Sample) -> dict[str, Value]:
+    r"""Of minimal perturbations: $\hat\rho_1$, and the smallest radius that fools more than 99 %.
+
+    The radius is infinite where the attack fails on 1 % of the images.
+
+    Source: Balda et al. (2018), Table 3.
+    """
+    norms = sample.norms()
+    return {
+        "rho1": rho_adv(sample.x[sample.attacked], norms, norm=sample.norm),
+        "eps99": float(norms.sort().values[int(0.99 * len(norms))]),
+        "found": float((norms < math.inf).double().mean()),
+    }
+
+
+def fooling(sample: Sample) -> dict[str, Value]:
+    """Share of the correctly classified images that are misclassified at each radius.
+
+    Each radius counts by itself, as the source plots it: a curve may fall. A minimal-norm attack
+    counts from its distance on, at the radii of ``measured_at``.
+
+    Source: Balda et al. (2018), section 6.1.
+    """
+    if sample.eps is None:
+        norms, grid = sample.norms(), sample.settings["measured_at"]
+        shares = [float((norms <= eps * (1 + 1e-6)).double().mean()) for eps in grid]
+    else:
+        y, grid = sample.y[sample.attacked], sample.eps
+        fooled = (success(sample.model, points, y) for points in sample.points)
+        shares = [float(flags.double().mean()) for flags in fooled]
+    return {"eps": list(grid), "fooling": shares}
+
+
+def noise_ratio(sample: Sample) -> dict[str, Value]:
+    """Mean PSNR in dB of input and output at each radius, both against the clean image.
+
+    Also against the clean output, and the clean output's own PSNR.
+
+    Source: Balda et al. (2018), section 6.2; chapter ``regression``.
+    """
+    x = sample.x[sample.attacked]
+    output = _outputs(sample.model, x)
+    values: dict[str, Value] = {"clean": float(psnr(output, x).mean())}
+    values["eps"] = list(sample.eps or [])
+    values["input"] = [float(psnr(points, x).mean()) for points in sample.points]
+    perturbed = [_outputs(sample.model, points) for points in sample.points]
+    values["output"] = [float(psnr(out, x).mean()) for out in perturbed]
+    values["against-output"] = [float(psnr(out, output).mean()) for out in perturbed]
+    return values
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in x.split(CHUNK)])
+
+
+MEASURES: dict[str, Callable[[Sample], dict[str, Value]]] = {
+    function.__name__: function for function in (error, radius, minimal, fooling, noise_ratio)
+}

@@ -1,0 +1,414 @@
+"""What there is to compute: the settings' tables and figures, the runs they need, what is missing.
+
+Nothing is computed here and PyTorch isn't needed, so that the Snakefile can be read quickly.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reproduce import versions
+
+__all__ = ["Cell", "Item", "Network", "Plan", "Run", "Task"]
+
+ROOT = Path(__file__).resolve().parents[1]
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Network:
+    """One trained network: the wildcards of the rule ``train``."""
+
+    paper: str
+    dataset: str
+    model: str
+    defense: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Where its files are, below the folders of results and of work."""
+        return f"{self.paper}/{self.dataset}/{self.model}/{self.defense}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network under one attack: the wildcards of the rules ``attack`` and ``measure``."""
+
+    network: Network
+    attack: str
+
+    def __str__(self) -> str:
+        return f"{self.network.folder}/{self.attack}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number, or one curve, before its seeds are averaged: which runs give it, and which value.
+
+    Args:
+        paper: the source's name.
+        model: a network of its settings.
+        defense: one of its defenses.
+        attack: one of its attacks.
+        value: the measured value's name.
+        at: the radius at which a list of values is read; None for a number, or the whole list.
+        scale: what a value is multiplied with, such as 100 for percent.
+    """
+
+    paper: str
+    model: str
+    attack: str
+    value: str
+    defense: str = "none"
+    at: float | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """A table or a figure, with the keys of its cells: (row, column) or (curve,)."""
+
+    paper: str
+    kind: str
+    id: str
+    cells: Mapping[tuple[str, ...], Cell]
+
+    @property
+    def name(self) -> str:
+        """What it is asked for by, and the name of its file."""
+        return (
+            f"{self.paper}-{self.id}" if self.kind == "table" else f"{self.paper}-figure-{self.id}"
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step that will run: why, and for how long by what is known (seconds, NaN: unknown)."""
+
+    step: str
+    subject: Network | Run
+    reason: str
+    seconds: float
+
+    def __str__(self) -> str:
+        name = self.subject.folder if isinstance(self.subject, Network) else str(self.subject)
+        return f"{self.step:<8}{name}  ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of all papers, and where results and work are kept.
+
+    Args:
+        settings: folder of ``PAPER.yaml``.
+        results: folder of the results' JSON files.
+        work: folder of weights, checkpoints and perturbed images, safe to delete.
+        only: networks (names in the settings) to run; empty for all. Others' stored results count.
+        trust: whether results of older code stand.
+        datasets: those at hand; None to look for them, which takes seconds.
+    """
+
+    settings: Path = ROOT / "reproduce" / "settings"
+    results: Path = ROOT / "reproduce" / "results"
+    work: Path = ROOT / "reproduce" / "work"
+    only: tuple[str, ...] = ()
+    trust: bool = False
+    datasets: frozenset[str] | None = None
+
+    # ------------------------------------------------------------------------------------ settings
+
+    def paper(self, name: str) -> Settings:
+        """A paper's settings.
+
+        Raises:
+            ValueError: there is no such file.
+        """
+        path = self.settings / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in self.settings.glob("*.yaml")))
+            raise ValueError(f"no settings {path}; there are {known or 'none'}")
+        return _read_yaml(path, path.stat().st_mtime_ns)
+
+    @cached_property
+    def items(self) -> dict[str, Item]:
+        """All tables and figures by name."""
+        found = [
+            item
+            for path in sorted(self.settings.glob("*.yaml"))
+            for item in _items(path.stem, self.paper(path.stem))
+        ]
+        return {item.name: item for item in found}
+
+    def names(self, kind: str) -> list[str]:
+        """The names of all tables or of all figures."""
+        return [name for name, item in self.items.items() if item.kind == kind]
+
+    def recipe(self, network: Network) -> Settings:
+        """All that a network's training depends on, as its record keeps it."""
+        paper = self.paper(network.paper)
+        own = _entry(paper, "networks", network.model)
+        defense = _entry(paper, "defenses", network.defense)
+        loss = defense.get("loss") or own.get("loss") or {}
+        return {
+            "data": network.dataset,
+            "model": own["model"],
+            "loss": loss,
+            "training": own["training"] | defense.get("training", {}),
+            "seed": network.seed,
+        }
+
+    def attack(self, run: Run) -> Settings:
+        """All that an attack and its measures depend on, beside the network.
+
+        A value ``network`` in the settings stands for the network's own grid of radii.
+        """
+        paper = self.paper(run.network.paper)
+        own = _entry(paper, "networks", run.network.model)
+        attack = dict(_entry(paper, "attacks", run.attack))
+        attack = {key: own["eps"] if v == "network" else v for key, v in attack.items()}
+        return {"images": own.get("images")} | attack
+
+    # --------------------------------------------------------------------------------------- files
+
+    def record(self, subject: Network | Run) -> Path:
+        """The JSON file of a training or a measurement."""
+        if isinstance(subject, Network):
+            return self.results / subject.folder / "train.json"
+        return self.results / subject.network.folder / f"{subject.attack}.json"
+
+    def weights(self, network: Network) -> Path:
+        """The file of a network's weights."""
+        return self.work / network.folder / "weights.safetensors"
+
+    def points(self, run: Run) -> Path:
+        """The file of the perturbed images."""
+        return self.work / run.network.folder / f"{run.attack}.pt"
+
+    def output(self, item: Item) -> Path:
+        """The JSON file of a table or a figure."""
+        return self.results / f"{item.name}.json"
+
+    # ---------------------------------------------------------------------------------------- runs
+
+    def runs(self, cell: Cell) -> list[Run]:
+        """The runs of a cell, one for each seed, on the first data set that there is."""
+        own = _entry(self.paper(cell.paper), "networks", cell.model)
+        for dataset in own["data"]:
+            runs = [
+                Run(Network(cell.paper, dataset, cell.model, cell.defense, seed), cell.attack)
+                for seed in range(own["seeds"])
+            ]
+            if self.available(dataset) or any(self.record(run).is_file() for run in runs):
+                break
+        return runs
+
+    def mentioned(self) -> list[str]:
+        """The data sets that the settings name."""
+        papers = [self.paper(path.stem) for path in sorted(self.settings.glob("*.yaml"))]
+        named = (own["data"] for paper in papers for own in paper["networks"].values())
+        return sorted(set(itertools.chain.from_iterable(named)))
+
+    def available(self, dataset: str) -> bool:
+        """Whether this machine has the data set."""
+        return dataset in (_datasets() if self.datasets is None else self.datasets)
+
+    def wanted(self, cell: Cell) -> list[Run]:
+        """The runs of a cell that this machine can make, or has."""
+        chosen = not self.only or cell.model in self.only
+        return [
+            run
+            for run in self.runs(cell)
+            if (chosen and self.available(run.network.dataset)) or self.current(run)
+        ]
+
+    def inputs(self, item: Item) -> list[Path]:
+        """The records that a table or figure is built from."""
+        runs = itertools.chain.from_iterable(map(self.wanted, item.cells.values()))
+        return list(dict.fromkeys(map(self.record, runs)))
+
+    # --------------------------------------------------------------------------------- what to run
+
+    def fault(self, subject: Network | Run) -> str | None:
+        """Why a stored record can't stand for what the settings ask for; None if it can."""
+        record = read(self.record(subject))
+        if record is None:
+            return "new"
+        return self._changed(subject, record) or self._outdated(subject)
+
+    def current(self, run: Run) -> bool:
+        """Whether the stored result is of these settings, whatever the code was."""
+        record = read(self.record(run))
+        return record is not None and self._changed(run, record) is None
+
+    def _changed(self, subject: Network | Run, record: Settings) -> str | None:
+        if isinstance(subject, Network):
+            planned = {"training": self.recipe(subject)}
+        else:
+            planned = {"training": self.recipe(subject.network), "attack": self.attack(subject)}
+        if path := _difference(record["settings"], json.loads(json.dumps(planned))):
+            return f"{path} changed"
+        if isinstance(subject, Run):
+            trained = read(self.record(subject.network))
+            if trained is not None and trained["weights"] != record["weights"]:
+                return "of other weights"
+        return None
+
+    def _outdated(self, subject: Network | Run) -> str | None:
+        record, now = read(self.record(subject)) or {}, self.versions(subject)
+        if self.trust:
+            return None
+        names = [name for name in now if record.get("code", {}).get(name) != now[name]]
+        return f"code of {', '.join(names)} changed" if names else None
+
+    def versions(self, subject: Network | Run) -> dict[str, str]:
+        """Digests of the code that makes a record, by name."""
+        return {name: versions.digest(name) for name in self._code(subject)}
+
+    def files(self, subject: Network | Run) -> list[Path]:
+        """The files of that code."""
+        return sorted(set().union(*map(versions.files, self._code(subject))))
+
+    def _code(self, subject: Network | Run) -> list[str]:
+        if isinstance(subject, Run):
+            settings = self.attack(subject)
+            names = [f"reproduce.measures.{name}" for name in settings["measures"]]
+            names += [f"adv.attacks.{settings['call']}"] if "call" in settings else []
+            return [*names, "reproduce.steps.perturbed"]
+        recipe = self.recipe(subject)
+        names = [f"adv.lab.models._MODELS[{recipe['model']['name']}]"]
+        names += [f"adv.{recipe['loss']['name']}"] if recipe["loss"] else []
+        return [*names, "adv.lab.training.fit"]
+
+    def tasks(self, items: list[Item]) -> list[Task]:
+        """The trainings and attacks that will run for some tables and figures."""
+        cells = [cell for item in items for cell in item.cells.values()]
+        runs = [
+            run
+            for cell in cells
+            if not self.only or cell.model in self.only
+            for run in self.runs(cell)
+            if self.available(run.network.dataset)
+        ]
+        by_network: dict[Network, list[Run]] = {}
+        for run in dict.fromkeys(runs):
+            by_network.setdefault(run.network, []).append(run)
+        return [
+            task for network in by_network for task in self._tasks(network, by_network[network])
+        ]
+
+    def _tasks(self, network: Network, runs: list[Run]) -> Iterator[Task]:
+        why = {run: fault for run in runs if (fault := self.fault(run))}
+        training = self.fault(network)
+        if training is None and why and not self.whole(network):
+            training = "the weights aren't here"
+        if training is not None:
+            yield Task("train", network, training, self.estimate(network))
+            why = {run: why.get(run, "trained anew") for run in runs}
+        for run, reason in why.items():
+            yield Task("attack", run, reason, self.estimate(run))
+
+    def whole(self, network: Network) -> bool:
+        """Whether the weights at hand are those of the record."""
+        path, record = self.weights(network), read(self.record(network))
+        return record is not None and path.is_file() and sha256(path) == record["weights"]
+
+    def estimate(self, subject: Network | Run) -> float:
+        """Seconds by an earlier record, by those of other seeds, or by the settings; else NaN."""
+        network = subject if isinstance(subject, Network) else subject.network
+        others = (
+            replace(network, seed=seed)
+            if isinstance(subject, Network)
+            else replace(subject, network=replace(network, seed=seed))
+            for seed in range(_entry(self.paper(network.paper), "networks", network.model)["seeds"])
+        )
+        records = [read(self.record(one)) for one in (subject, *others)]
+        if records[0] is not None:
+            return float(records[0]["seconds"])
+        known = [float(record["seconds"]) for record in records[1:] if record is not None]
+        if known:
+            return statistics.mean(known)
+        if isinstance(subject, Network):
+            return float(
+                self.paper(network.paper)["networks"][network.model].get("seconds", math.nan)
+            )
+        return math.nan
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def read(path: Path) -> Settings | None:
+    """A record, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def sha256(path: Path) -> str:
+    """A file's digest."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _read_yaml(path: Path, _changed: int) -> Settings:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _datasets() -> frozenset[str]:
+    from adv.lab import data  # takes seconds: PyTorch
+
+    return frozenset(row.name for row in data.found() if row.state in ("found", "built in"))
+
+
+def _entry(paper: Settings, part: str, name: str) -> Settings:
+    entries = paper.get(part) or {}
+    if name not in entries:
+        raise ValueError(f"no {name!r} in {part} of the settings; there are {', '.join(entries)}")
+    return entries[name] or {}
+
+
+def _items(paper: str, settings: Settings) -> Iterator[Item]:
+    for name, table in (settings.get("tables") or {}).items():
+        cells: dict[tuple[str, ...], Cell] = {
+            (row, column): Cell(paper, **_merged(table, of_row, of_column))
+            for row, of_row in table["rows"].items()
+            for column, of_column in table["columns"].items()
+        }
+        yield Item(paper, "table", str(name), cells)
+    for name, figure in (settings.get("figures") or {}).items():
+        cells = {
+            (label,): Cell(paper, **_merged(figure, curve))
+            for label, curve in figure["curves"].items()
+        }
+        yield Item(paper, "figure", str(name), cells)
+
+
+def _merged(item: Settings, *parts: Settings | None) -> Settings:
+    """What a cell is: what all of the item's are, then what its row, column or curve says."""
+    cell = dict(item.get("cell") or {})
+    for part in parts:
+        cell |= part or {}
+    return cell
+
+
+def _difference(stored: Any, planned: Any, path: str = "") -> str | None:
+    """Where two settings differ first, as a dotted path; None if nowhere."""
+    if isinstance(stored, dict) and isinstance(planned, dict):
+        for key in stored.keys() | planned.keys():
+            inner = f"{path}.{key}".lstrip(".")
+            if key not in stored or key not in planned:
+                return inner
+            if found := _difference(stored[key], planned[key], inner):
+                return found
+        return None
+    return None if stored == planned else path or "settings"

@@ -1,0 +1,305 @@
+"""The steps of the workflow: train, attack, measure, table, figure. Each is one command line.
+
+``python -m reproduce.steps train PAPER DATASET MODEL DEFENSE SEED`` and so on; the Snakefile calls
+them. Every file is written beside its place and renamed, so that there is no half of one.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import inspect
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adv.lab import data, device, models
+from adv.lab.evaluation import perturb, success
+from adv.lab.training import cross_entropy, fit
+from reproduce import summary
+from reproduce.measures import MEASURES, Sample
+from reproduce.plan import ROOT, Network, Plan, Run, read, sha256
+
+__all__ = ["attack", "main", "measure", "perturbed", "replacing", "train"]
+
+Settings = Mapping[str, Any]
+
+
+# -------------------------------------------------------------------------------------- the steps
+
+
+def train(plan: Plan, network: Network) -> None:
+    """Train a network, going on where a killed training stopped; write weights and record."""
+    recipe = plan.recipe(network)
+    source, place = data.load(recipe["data"]), device()
+    model = models.build(**recipe["model"], seed=recipe["seed"]).to(place)
+    settings = dict(recipe["training"])
+    best = settings.pop("best", False)
+    # Its name tells apart what fit() can't: a loss is known to it by name only.
+    checkpoint = plan.weights(network).with_name(f"checkpoint-{summary.digest(recipe)}.pt")
+    history = fit(
+        model,
+        source.train,
+        loss=_loss(recipe["loss"]),
+        val=source.val if best else None,
+        seed=recipe["seed"],
+        checkpoint=checkpoint,
+        progress=sys.stderr.isatty(),
+        **settings,
+    )
+    with replacing(plan.weights(network)) as path:
+        tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(tensors, path)
+    record = {
+        "values": {"loss": history.loss[-1], "epochs": len(history.loss)},
+        "images": len(source.train),
+        "complete": source.complete,
+        "settings": {"training": recipe},
+        "weights": sha256(plan.weights(network)),
+    }
+    record |= {"parameters": sum(p.numel() for p in model.parameters())}
+    write_record(plan, network, record, sum(history.seconds))
+    for old in checkpoint.parent.glob("checkpoint-*.pt"):
+        old.unlink()
+
+
+def attack(plan: Plan, run: Run) -> None:
+    """Perturb test images of the run's data set and write the points."""
+    settings, place = plan.attack(run), device()
+    model, source = _network(plan, run.network), data.load(run.network.dataset)
+    some = source.test if settings["images"] is None else source.test.take(settings["images"])
+    some = some.to(place)
+    start = time.perf_counter()
+    attacked = torch.ones(len(some), dtype=torch.bool, device=place)
+    if settings.get("target", "labels") == "labels":
+        attacked = success(model, some.x, some.y, targeted=True)
+    x, y = some.x[attacked], some.y[attacked]
+    grid = settings.get("eps")
+    radii = None if grid is None else _radii(grid, x, settings.get("norm", "linf"))
+    seed = run.network.seed
+    points = [perturbed(model, x, y, eps, settings, seed) for eps in (radii or (None,))]
+    content = {
+        "attacked": attacked.cpu(),
+        "points": [p.cpu() for p in points],
+        "eps": radii,
+        "seconds": time.perf_counter() - start,
+    }
+    with replacing(plan.points(run)) as path:
+        torch.save(content, path)
+
+
+def perturbed(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float | None, settings: Settings, seed: int
+) -> Tensor:
+    """The points that an attack named in the settings finds for some images, checked.
+
+    Args:
+        model: in evaluation mode.
+        x: (N, C, H, W) images.
+        y: (N,) their labels.
+        eps: radius; None for a minimal-norm attack.
+        settings: ``call``, such as ``"convex.gnm"`` (in ``adv.attacks``; without it, the images
+            stay as they are), ``target``: what the attack gets as ``y``, the ``labels``, the
+            ``input`` itself, or the ``output`` (None); all else but the workflow's own entries is
+            passed on. A value ``"eps"`` stands for the radius.
+        seed: of the attack.
+
+    Returns:
+        (N, C, H, W) perturbed images.
+    """
+    if "call" not in settings:
+        return x.clone()
+    function = _resolve(f"adv.attacks.{settings['call']}")
+    own = ("call", "target", "eps", "images", "measures", "measured_at", "ball", "chunk")
+    options = {name: value for name, value in settings.items() if name not in own}
+    options = {name: eps if value == "eps" else value for name, value in options.items()}
+    target = settings.get("target", "labels")
+
+    def call(model: nn.Module, x: Tensor, y: Tensor, **given: Any) -> Tensor:
+        given |= options  # also a norm that isn't one, such as random pixels
+        given |= {"model": model, "y": {"labels": y, "input": x, "output": None}[target]}
+        taken = inspect.signature(function).parameters
+        return function(x=x, **{name: value for name, value in given.items() if name in taken})
+
+    ball = settings.get("ball", settings.get("norm", "linf"))
+    chunk = {"chunk": settings["chunk"]} if "chunk" in settings else {}
+    return perturb(model, x, y, call, eps=eps, norm=ball, seed=seed, **chunk)
+
+
+def measure(plan: Plan, run: Run) -> None:
+    """Measure the points of a run and write its record."""
+    settings, place = plan.attack(run), device()
+    model, source = _network(plan, run.network), data.load(run.network.dataset)
+    content = torch.load(plan.points(run), map_location=place, weights_only=True)
+    some = source.test[: len(content["attacked"])].to(place)
+    start = time.perf_counter()
+    sample = Sample(
+        model, some.x, some.y, content["attacked"], content["points"], content["eps"], settings
+    )
+    values: dict[str, Any] = {}
+    for name in settings["measures"]:
+        values |= MEASURES[name](sample)
+    record = {
+        "values": values,
+        "images": len(some),
+        "attacked": int(sample.attacked.sum()),
+        "of": len(source.test),
+        "complete": source.complete,
+        "settings": {"training": plan.recipe(run.network), "attack": settings},
+        "weights": sha256(plan.weights(run.network)),
+    }
+    write_record(plan, run, record, content["seconds"] + time.perf_counter() - start)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write into, which then takes its place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    yield partial
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.chmod(0o644)
+    partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, one line for each short list or mapping; infinite and NaN become null."""
+    with replacing(path) as partial:
+        partial.write_text(summary.dumps(content) + "\n", encoding="utf-8")
+
+
+def write_record(
+    plan: Plan, subject: Network | Run, content: dict[str, Any], seconds: float
+) -> None:
+    """Write a record with all that tells where its numbers come from."""
+    network = subject if isinstance(subject, Network) else subject.network
+    names = {"paper": network.paper, "dataset": network.dataset, "model": network.model}
+    names |= {"defense": network.defense}
+    if isinstance(subject, Run):
+        names |= {"attack": subject.attack}
+    origin = {
+        "seed": network.seed,
+        "seconds": round(seconds, 2),
+        "device": _device(),
+        "versions": _versions(),
+        "code": plan.versions(subject),
+        **_commit(plan.files(subject)),
+    }
+    write_json(plan.record(subject), names | content | origin)
+
+
+def _network(plan: Plan, network: Network) -> nn.Module:
+    path, record = plan.weights(network), read(plan.record(network)) or {}
+    if sha256(path) != record.get("weights"):
+        raise ValueError(f"{path} aren't the weights of {plan.record(network)}; delete them")
+    model = models.build(**plan.recipe(network)["model"])
+    model.load_state_dict(load_file(path))
+    return model.to(device()).eval()
+
+
+# ------------------------------------------------------------------------------------- provenance
+
+
+def _device() -> dict[str, Any]:
+    place = device()
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
+    return {"type": place.type, "name": name, "threads": torch.get_num_threads()}
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("adv", "numpy")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **packages}
+
+
+def _commit(files: list[Path]) -> dict[str, Any]:
+    """The commit, and which files differed from it; None outside a repository."""
+
+    def git(*arguments: str | Path) -> str | None:
+        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("diff", "--name-only", "HEAD", "--", *files)
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "modified": None if changed is None else changed.splitlines(),
+    }
+
+
+# ---------------------------------------------------------------------------------------- helpers
+
+
+def _radii(grid: Any, x: Tensor, norm: str) -> list[float]:
+    """Radii as they are, or those whose perturbations have given PSNR in dB, ``{psnr: [...]}``."""
+    if not isinstance(grid, Mapping):
+        return [float(eps) for eps in grid]
+    size = math.sqrt(x[0].numel()) if norm == "l2" else 1.0
+    return [size * 10 ** (-level / 20) for level in grid["psnr"]]
+
+
+def _loss(recipe: Settings) -> Callable[..., Tensor]:
+    """Cross-entropy, a loss ``(model, x, y)`` of ``adv``, or what a factory of one returns."""
+    settings = dict(recipe)
+    if not settings:
+        return cross_entropy
+    function = _resolve(f"adv.{settings.pop('name')}")
+    is_loss = next(iter(inspect.signature(function).parameters), "") == "model"
+    return function if is_loss else function(**settings)
+
+
+def _resolve(name: str) -> Callable[..., Any]:
+    module, _, function = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} is no function of adv") from error
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one step."""
+    parser = argparse.ArgumentParser(prog="python -m reproduce.steps", description=__doc__)
+    parser.add_argument("step", choices=("train", "attack", "measure", "table", "figure"))
+    parser.add_argument("names", nargs="+", help="paper, data set, model, defense, seed, attack")
+    for folder in ("settings", "results", "work"):
+        parser.add_argument(f"--{folder}", type=Path, default=getattr(Plan, folder))
+    parser.add_argument("--only", default="")
+    given = parser.parse_args(arguments)
+    only = tuple(given.only.split(",")) if given.only else ()
+    plan = Plan(given.settings, given.results, given.work, only)
+    if given.step in ("table", "figure"):
+        item = plan.items[given.names[0]]
+        build = summary.table if given.step == "table" else summary.figure
+        content = build(plan, item)
+        write_json(plan.output(item), content)
+        if given.step == "figure":
+            with replacing(plan.work / "figures" / f"{item.name}.png") as path:
+                path.write_bytes(summary.draw(content))
+        return
+    paper, dataset, model, defense, seed, *rest = given.names
+    network = Network(paper, dataset, model, defense, int(seed))
+    if given.step == "train":
+        train(plan, network)
+    elif given.step == "attack":
+        attack(plan, Run(network, *rest))
+    else:
+        measure(plan, Run(network, *rest))
+
+
+if __name__ == "__main__":
+    main()

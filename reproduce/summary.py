@@ -1,0 +1,215 @@
+"""Tables and figures from the stored records, and from nothing else: mean and spread over seeds."""
+
+import hashlib
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from reproduce.plan import Cell, Item, Plan, Run, read
+
+__all__ = ["digest", "draw", "dumps", "figure", "show", "table"]
+
+Content = dict[str, Any]
+
+
+def table(plan: Plan, item: Item) -> Content:
+    """A published table's cells as we have them, in the form ``adv.lab.claims.compare`` takes.
+
+    Each row tells for every column the number of seeds and of images, and the data sets; what has
+    no number is listed under ``missing`` with the reason.
+    """
+    rows: dict[str, Content] = {}
+    missing = []
+    for (row, column), cell in item.cells.items():
+        entry = rows.setdefault(
+            row, {"id": row, "values": {}, "spread": {}, "seeds": {}, "images": {}, "scale": []}
+        )
+        records = _records(plan, cell)
+        values = [_value(record, cell) for record in records]
+        known = [value for value in values if value is not None]
+        entry["values"][column] = statistics.mean(known) if known == values and known else None
+        if entry["values"][column] is None:
+            missing.append({"row": row, "column": column, "why": _why(plan, cell, values)})
+            continue
+        if len(known) > 1:
+            entry["spread"][column] = statistics.stdev(known)
+        entry["seeds"][column], entry["images"][column] = len(known), records[0]["images"]
+        entry["scale"] = sorted({*entry["scale"], *map(_scale, records)})
+    head = {"paper": item.paper, "table": item.id}
+    spread = "standard deviation over seeds"
+    return head | {"spread_meaning": spread, "rows": list(rows.values()), "missing": missing}
+
+
+def figure(plan: Plan, item: Item) -> Content:
+    """A figure's curves: mean and spread over seeds at each place of the x axis."""
+    settings = plan.paper(item.paper)["figures"][item.id]
+    curves: dict[str, Content] = {}
+    missing = []
+    for (label,), cell in item.cells.items():
+        records = _records(plan, cell)
+        if not records:
+            missing.append({"curve": label, "why": _why(plan, cell, [])})
+            continue
+        x, y = (
+            [[_finite(v) * scale for v in record["values"][name]] for record in records]
+            for name, scale in ((settings["x"], 1.0), (cell.value, cell.scale))
+        )
+        curves[label] = {
+            "x": [statistics.mean(values) for values in zip(*x, strict=True)],
+            "y": [statistics.mean(values) for values in zip(*y, strict=True)],
+            "spread": [
+                statistics.stdev(values) if len(values) > 1 else None
+                for values in zip(*y, strict=True)
+            ],
+            "seeds": len(records),
+            "images": records[0]["images"],
+            "scale": sorted(set(map(_scale, records))),
+        }
+    head = {"paper": item.paper, "figure": item.id, "axes": settings["axes"]}
+    head |= {
+        "clean": _clean(plan, item, settings),
+        "spread_meaning": "standard deviation over seeds",
+    }
+    return head | {"curves": curves, "missing": missing}
+
+
+def draw(content: Content) -> bytes:
+    """A figure's curves as a PNG file."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    from adv.lab import figures
+
+    figures.style()
+    mpl.use("agg")
+    drawing, ax = plt.subplots(figsize=(figures.WIDTH, 4.5))
+    size = len(figures.COLORS)
+    for i, (label, curve) in enumerate(content["curves"].items()):
+        look = {"color": figures.COLORS[i % size], "linestyle": figures.LINES[i // size]}
+        ax.errorbar(
+            curve["x"],
+            curve["y"],
+            yerr=[spread or 0.0 for spread in curve["spread"]],
+            marker=figures.MARKERS[i % size],
+            label=label,
+            **look,
+        )
+    ax.set(xlabel=content["axes"]["x"], ylabel=content["axes"]["y"])
+    ax.set_title(f"{content['paper']}, figure {content['figure']}")
+    if content["curves"]:
+        ax.legend()
+    file = io.BytesIO(figures.png(drawing))
+    plt.close(drawing)
+    return file.getvalue()
+
+
+def show(content: Content) -> str:
+    """A table beside the paper's, or a figure's last values, as text, with what is missing."""
+    lines = []
+    if "table" in content:
+        from adv.lab.claims import compare
+
+        frame = compare(content["paper"], content["table"], ours=content["rows"])
+        lines += [f"{content['paper']}, table {content['table']}: {frame.attrs['caption']}"]
+        lines += [frame.to_string()]
+        scales = {row["id"]: "; ".join(row["scale"]) for row in content["rows"] if row["scale"]}
+    else:
+        lines += [
+            f"{content['paper']}, figure {content['figure']}: {len(content['curves'])} curves"
+        ]
+        scales = {label: "; ".join(c["scale"]) for label, c in content["curves"].items()}
+    lines += [f"  {name}: {scale}" for name, scale in scales.items()]
+    for gap in content["missing"]:
+        where = gap.get("curve") or f"{gap['row']}, {gap['column']}"
+        lines.append(f"  missing: {where}: {gap['why']}")
+    return "\n".join(lines)
+
+
+def digest(content: Any) -> str:
+    """A short name for settings."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def dumps(content: Any, indent: int = 0, width: int = 100) -> str:
+    """JSON in which what fits a line stands in one; infinity and NaN become null."""
+    line = json.dumps(_plain(content), ensure_ascii=False)
+    if len(line) + indent <= width or not isinstance(content, dict | list | tuple) or not content:
+        return line
+    inner, outer = " " * (indent + 1), " " * indent
+    if isinstance(content, dict):
+        parts = [
+            f"{inner}{json.dumps(str(key))}: {dumps(value, indent + 1, width - len(str(key)))}"
+            for key, value in content.items()
+        ]
+        return "{\n" + ",\n".join(parts) + f"\n{outer}}}"
+    if not any(isinstance(value, dict | list) for value in content):
+        return line
+    return (
+        "[\n"
+        + ",\n".join(inner + dumps(value, indent + 1, width) for value in content)
+        + f"\n{outer}]"
+    )
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _records(plan: Plan, cell: Cell) -> list[Content]:
+    """The records of a cell that are of today's settings, one for each seed."""
+    records = [read(plan.record(run)) for run in plan.runs(cell) if plan.current(run)]
+    return [record for record in records if record is not None]
+
+
+def _value(record: Content, cell: Cell) -> float | None:
+    value = record["values"].get(cell.value)
+    if cell.at is not None and value is not None:
+        value = value[record["values"]["eps"].index(cell.at)]
+    return None if value is None else value * cell.scale
+
+
+def _finite(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _scale(record: Content) -> str:
+    """What a reader must know of a record's scale."""
+    of, images = record["of"], record["images"]
+    part = "all" if images == of else "the first"
+    whole = "" if record["complete"] else ", not the whole data set"
+    epochs = record["settings"]["training"]["training"]["epochs"]
+    return f"{record['dataset']}{whole}: {part} {images:,} test images, trained for {epochs} epochs"
+
+
+def _clean(plan: Plan, item: Item, settings: Content) -> Content | None:
+    """What the networks of a figure are worth without an attack."""
+    if "clean" not in settings:
+        return None
+    first = next(iter(item.cells.values()))
+    cell = Cell(item.paper, first.model, defense=first.defense, **settings["clean"])
+    values = [
+        value for record in _records(plan, cell) if (value := _value(record, cell)) is not None
+    ]
+    if not values:
+        return None
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"value": cell.value, "mean": statistics.mean(values), "spread": spread}
+
+
+def _why(plan: Plan, cell: Cell, values: list[float | None]) -> str:
+    """Why a cell has no number."""
+    if values:
+        return "no finite value for every seed"
+    runs: list[Run] = plan.runs(cell)
+    dataset = runs[0].network.dataset
+    if not plan.available(dataset):
+        return f"no data: {dataset}"
+    return f"not run, on {dataset}"

@@ -1,0 +1,177 @@
+"""Which version of the code a result comes from: digests of functions with all that they call.
+
+A digest is of the syntax, without comments, docstrings and layout. It covers a function or class,
+and, of this repository, the functions, classes and constants that it names, theirs, and so on. So
+it changes when the computation may have changed, and not when its neighbors or words have.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+__all__ = ["digest", "files"]
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("adv", "reproduce")
+# Data files have digests of their own. The table of networks is entered only at the network built,
+# or a new network would outdate the results of all others.
+PASSED_OVER = ("adv.lab.data", "adv.lab.models._MODELS")
+
+Definition = tuple[str, str]
+
+
+@dataclass
+class Source:
+    """A module's top-level definitions by name, and where its imported names come from."""
+
+    definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    imports: dict[str, str] = field(default_factory=dict)
+
+
+@cache
+def digest(name: str) -> str:
+    """The version of a definition and of everything in this repository that it uses.
+
+    Args:
+        name: dotted, such as ``"adv.attacks.gradient.pgd"``; an entry of a dictionary is named in
+            brackets, ``"adv.lab.models._MODELS[fcnn]"``.
+
+    Returns:
+        12 hexadecimal digits.
+
+    Raises:
+        ValueError: there is no such definition.
+    """
+    texts = sorted(ast.unparse(statement) for _, statement in _closure(name))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def files(name: str) -> set[Path]:
+    """The files that hold a definition and everything in this repository that it uses."""
+    return {path for module, _ in _closure(name) if (path := _path(module)) is not None}
+
+
+@cache
+def _closure(name: str) -> tuple[tuple[str, ast.AST], ...]:
+    """Module and syntax of a definition, and of all that it uses."""
+    name, _, entry = name.partition("[")
+    module, _, attribute = name.rpartition(".")
+    if attribute not in _source(module).definitions:
+        raise ValueError(f"no {attribute!r} in {module}")
+    found: list[tuple[str, ast.AST]] = []
+    waiting = [(module, attribute)]
+    if entry:
+        found = [(module, _entry(module, attribute, entry.rstrip("]")))]
+        waiting = list(_used(*found[0]))
+    seen: set[Definition] = set()
+    while waiting:
+        following = waiting.pop()
+        if following in seen or ".".join(following).startswith(PASSED_OVER):
+            continue
+        seen.add(following)
+        for statement in _source(following[0]).definitions[following[1]]:
+            found.append((following[0], statement))
+            waiting += _used(following[0], statement)
+    return tuple(found)
+
+
+@cache
+def _source(module: str) -> Source:
+    path = _path(module)
+    if path is None:
+        raise ValueError(f"no module {module}")
+    source = Source()
+    for statement in _plain(ast.parse(path.read_text(encoding="utf-8"))).body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            source.definitions.setdefault(statement.name, []).append(statement)
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            for target in targets:
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name):
+                        source.definitions.setdefault(name.id, []).append(statement)
+        else:
+            source.imports |= _imported(statement)
+    return source
+
+
+def _path(module: str) -> Path | None:
+    base = ROOT.joinpath(*module.split("."))
+    options = (base.with_suffix(".py"), base / "__init__.py")
+    return next((path for path in options if path.is_file()), None)
+
+
+def _plain(tree: ast.Module) -> ast.Module:
+    """The tree without docstrings."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+def _imported(tree: ast.AST) -> dict[str, str]:
+    """The names that imports, anywhere in the tree, bind to parts of this repository."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            names |= {(a.asname or a.name): f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            ours = [a for a in node.names if a.name.split(".")[0] in PACKAGES]
+            names |= {
+                (a.asname or a.name.split(".")[0]): (a.asname and a.name) or "adv" for a in ours
+            }
+    return names
+
+
+def _used(module: str, tree: ast.AST) -> Iterator[Definition]:
+    """The definitions of this repository that a piece of a module names."""
+    source = _source(module)
+    imports = source.imports | _imported(tree)
+    for node in ast.walk(tree):
+        chain = _chain(node)
+        if not chain:
+            continue
+        if chain[0] in imports:
+            found = _resolve(".".join([imports[chain[0]], *chain[1:]]))
+            if found is not None:
+                yield found
+        elif chain[0] in source.definitions:
+            yield module, chain[0]
+
+
+def _chain(node: ast.AST) -> list[str]:
+    """``a.b.c`` as a list, empty for anything else."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute):
+        before = _chain(node.value)
+        return [*before, node.attr] if before else []
+    return []
+
+
+def _resolve(name: str) -> Definition | None:
+    """The module and the definition in it that a dotted name begins with."""
+    parts = name.split(".")
+    for size in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:size])
+        if _path(module) is not None:
+            source = _source(module)
+            if parts[size] in source.definitions:
+                return module, parts[size]
+            if parts[size] in source.imports:  # passed on by another module
+                return _resolve(source.imports[parts[size]])
+            return None
+    return None
+
+
+def _entry(module: str, attribute: str, key: str) -> ast.expr:
+    statement = _source(module).definitions[attribute][0]
+    value = getattr(statement, "value", None)
+    if isinstance(value, ast.Dict):
+        for name, item in zip(value.keys, value.values, strict=True):
+            if isinstance(name, ast.Constant) and name.value == key:
+                return item
+    raise ValueError(f"no entry {key!r} in {module}.{attribute}")

@@ -1,0 +1,163 @@
+"""What is to be computed, what of it is there, and why something is to be done again."""
+
+import json
+import math
+
+import pytest
+
+from reproduce.plan import Network, Plan, Run
+
+DIGITS = Network("convex", "digits", "fcnn", "none", 0)
+
+
+def pretend(plan, *subjects, seconds=2.0):
+    """Records as the steps would write them."""
+    for subject in subjects:
+        network = subject if isinstance(subject, Network) else subject.network
+        settings = {"training": plan.recipe(network)}
+        if isinstance(subject, Run):
+            settings["attack"] = plan.attack(subject)
+        content = {"settings": settings, "weights": "w", "seconds": seconds}
+        path = plan.record(subject)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content | {"code": plan.versions(subject)}))
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_tables_become_runs_of_every_seed(bench):
+    plan = bench.plan()
+    assert list(plan.items) == ["convex-3", "convex-figure-3a"]
+    cell = plan.items["convex-3"].cells["fcnn", "test-error"]
+    assert (cell.scale, cell.value, cell.at) == (100, "error", None)
+    seeds = [run.network.seed for run in plan.runs(cell)]
+    assert seeds == [0, 1]
+    assert plan.record(plan.runs(cell)[1]) == (
+        bench.folder / "results/convex/digits/fcnn/none/seed-1/clean.json"
+    )
+    assert plan.attack(Run(DIGITS, "pgd"))["eps"] == [0.05, 0.1]
+    assert plan.attack(Run(DIGITS, "clean"))["images"] is None
+
+
+def test_the_first_data_set_that_is_there_is_used(bench):
+    cell = bench.plan().items["convex-3"].cells["nin", "rho1"]
+    for there, used in (
+        ({"cifar10", "cifar10-subset"}, "cifar10"),
+        ({"cifar10-subset"}, "cifar10-subset"),
+        (set(), "cifar10-subset"),
+    ):
+        plan = bench.plan(datasets=frozenset(there))
+        assert plan.runs(cell)[0].network.dataset == used
+        assert bool(plan.wanted(cell)) == bool(there)
+    # Stored results need no data.
+    run = Run(Network("convex", "cifar10", "nin", "none", 1), "deepfool")
+    pretend(plan, run)
+    assert plan.wanted(cell) == [run]
+
+
+def test_what_changed_runs_again(bench):
+    plan, run = bench.plan(), Run(DIGITS, "pgd")
+    assert plan.fault(run) == "new"
+    pretend(plan, DIGITS, run)
+    assert plan.fault(run) is plan.fault(DIGITS) is None
+    bench.content["attacks"]["pgd"]["steps"] = 4
+    bench.write()
+    assert bench.plan().fault(run) == "attack.steps changed"
+    assert bench.plan().fault(DIGITS) is None
+    assert not bench.plan().current(run)
+    bench.content["attacks"]["pgd"]["steps"] = 3
+    bench.content["networks"]["fcnn"]["training"]["lr"] = 0.02
+    bench.write()
+    assert bench.plan().fault(run) == "training.training.lr changed"
+    assert bench.plan().fault(DIGITS) == "training.training.lr changed"
+
+
+def test_code_and_weights_count_as_changes(bench):
+    plan, run = bench.plan(), Run(DIGITS, "pgd")
+    pretend(plan, DIGITS, run)
+    code = json.loads(plan.record(run).read_text())["code"]
+    edit(plan.record(run), code=code | {"adv.attacks.gradient.pgd": "0"})
+    assert plan.fault(run) == "code of adv.attacks.gradient.pgd changed"
+    assert plan.current(run)
+    assert bench.plan(trust=True).fault(run) is None
+    edit(plan.record(run), code=code)
+    edit(plan.record(DIGITS), weights="v")
+    assert plan.fault(run) == "of other weights"
+
+
+def test_tasks_are_the_trainings_and_attacks_that_will_run(bench):
+    plan = bench.plan()
+    table, figure = plan.items.values()
+    tasks = plan.tasks([table, figure])
+    assert [task.step for task in tasks] == ["train", *["attack"] * 3] * 2
+    assert {task.subject.network.model for task in tasks if task.step == "attack"} == {"fcnn"}
+    other = Network("convex", "digits", "fcnn", "none", 1)
+    runs = [
+        Run(network, name)
+        for network in (DIGITS, other)
+        for name in plan.paper("convex")["attacks"]
+    ]
+    pretend(plan, DIGITS, other, *runs)
+    assert plan.tasks([table, figure]) == []
+    # An attack needs weights, which git doesn't keep; what is trained anew is measured anew.
+    plan.record(runs[0]).unlink()
+    reasons = {task.subject: task.reason for task in plan.tasks([table, figure])}
+    assert reasons.pop(DIGITS) == "the weights aren't here"
+    assert reasons.pop(runs[0]) == "new"
+    assert reasons == dict.fromkeys(runs[1:3], "trained anew")
+    assert plan.tasks([figure]) == []
+
+
+def test_only_some_networks(bench):
+    plan = bench.plan(only=("nin",), datasets=frozenset({"digits", "cifar10-subset"}))
+    networks = {
+        task.subject.network
+        for task in plan.tasks(list(plan.items.values()))
+        if task.step == "attack"
+    }
+    assert {network.dataset for network in networks} == {"cifar10-subset"}
+    table = plan.items["convex-3"]
+    assert all("nin" in path.parts for path in plan.inputs(table))
+    pretend(plan, Run(DIGITS, "clean"))
+    assert plan.record(Run(DIGITS, "clean")) in plan.inputs(table)
+
+
+def test_time_is_estimated_by_records_or_settings(bench):
+    plan, other = bench.plan(), Network("convex", "digits", "fcnn", "none", 1)
+    assert plan.estimate(DIGITS) == 5
+    assert math.isnan(plan.estimate(Run(DIGITS, "pgd")))
+    pretend(plan, other, Run(other, "pgd"), seconds=7.0)
+    assert plan.estimate(DIGITS) == plan.estimate(Run(DIGITS, "pgd")) == 7
+    pretend(plan, DIGITS, seconds=3.0)
+    assert plan.estimate(DIGITS) == 3
+
+
+def test_unknown_names_are_refused(bench):
+    with pytest.raises(ValueError, match=r"no settings .*nobody\.yaml; there are convex"):
+        bench.plan().paper("nobody")
+    with pytest.raises(
+        ValueError, match="no 'vgg' in networks of the settings; there are fcnn, nin"
+    ):
+        bench.plan().recipe(Network("convex", "digits", "vgg", "none", 0))
+
+
+def test_the_stored_settings_fit_the_papers_tables():
+    from adv.lab.claims import paper
+
+    plan = Plan(datasets=frozenset())
+    for item in plan.items.values():
+        entries = paper(item.paper)["tables" if item.kind == "table" else "figures"]
+        printed = next(entry for entry in entries if str(entry["id"]) == item.id)
+        if item.kind == "table":
+            rows = {row["id"] for row in printed["rows"]}
+            columns = {column["id"] for column in printed["columns"]}
+            assert {row for row, _ in item.cells} <= rows
+            assert {column for _, column in item.cells} <= columns
+        else:
+            assert {label for (label,) in item.cells} >= set(printed["series"])
+        for cell in item.cells.values():
+            for run in plan.runs(cell):
+                assert plan.versions(run)
+                assert plan.versions(run.network)

@@ -1,0 +1,230 @@
+"""The steps one by one, in this process, against direct computations."""
+
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adv.attacks.boundary import deepfool
+from adv.attacks.gradient import pgd
+from adv.lab import data, models
+from adv.lab.claims import compare
+from reproduce import steps, summary
+from reproduce.measures import MEASURES, Sample
+from reproduce.plan import Network, Run, read, sha256
+
+
+@pytest.fixture
+def network():
+    return Network("convex", "digits", "fcnn", "none", 0)
+
+
+def make(plan, *runs):
+    for run in runs:
+        if not plan.whole(run.network):
+            steps.train(plan, run.network)
+        steps.attack(plan, run)
+        steps.measure(plan, run)
+        plan.points(run).unlink()
+
+
+def trained(plan, network):
+    model = models.build("mlp", sizes=[64, 16, 10])
+    model.load_state_dict(load_file(plan.weights(network)))
+    return model.eval()
+
+
+def test_a_record_holds_value_settings_and_origin(bench, network):
+    plan, run = bench.plan(), Run(network, "pgd")
+    make(plan, run)
+    record = read(plan.record(run))
+    assert record["settings"]["training"]["training"] == {
+        "epochs": 3,
+        "batch_size": 100,
+        "lr": 0.01,
+    }
+    assert record["settings"]["attack"]["eps"] == [0.05, 0.1]
+    assert record["seed"] == 0
+    assert (
+        record["weights"] == sha256(plan.weights(network)) == read(plan.record(network))["weights"]
+    )
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["device"]["type"] in ("cpu", "cuda", "mps")
+    assert record["code"].keys() >= {"adv.attacks.gradient.pgd", "reproduce.measures.fooling"}
+    assert record["images"] == 60
+    assert record["of"] == 400
+    assert record["complete"] is True
+    assert record["seconds"] > 0
+    assert record["commit"] is None or len(record["commit"]) == 40
+    assert plan.fault(run) is plan.fault(network) is None
+
+
+def test_fooling_ratio_is_that_of_the_attack_called_directly(bench, network):
+    plan = bench.plan()
+    make(plan, Run(network, "pgd"), Run(network, "deepfool"), Run(network, "clean"))
+    model, test = trained(plan, network), data.load("digits").test
+    everywhere = (model(test.x).argmax(1) != test.y).double().mean()
+    clean = read(plan.record(Run(network, "clean")))
+    assert clean["values"]["error"] == pytest.approx(float(everywhere), abs=1e-12)
+    x, y = test.x[:60], test.y[:60]
+    correct = model(x).argmax(1) == y
+    x, y = x[correct], y[correct]
+    ratios = [
+        float((model(pgd(model, x, y, eps=eps, steps=3)).argmax(1) != y).double().mean())
+        for eps in (0.05, 0.1)
+    ]
+    assert read(plan.record(Run(network, "pgd")))["values"] == {
+        "eps": [0.05, 0.1],
+        "fooling": ratios,
+    }
+    r = (deepfool(model, x, y, norm="linf") - x).abs().flatten(1).amax(1)
+    values = read(plan.record(Run(network, "deepfool")))["values"]
+    assert values["rho1"] == pytest.approx(float((r / x.flatten(1).amax(1)).mean()), rel=1e-5)
+    shares = [float((r <= eps * (1 + 1e-6)).double().mean()) for eps in (0.05, 0.1)]
+    assert values["fooling"] == shares
+    beyond = [eps for eps in sorted(r.tolist()) if float((r <= eps).double().mean()) > 0.99]
+    assert values["eps99"] == pytest.approx(beyond[0], rel=1e-5)
+
+
+def test_rho2_of_a_linear_model_is_the_distance_to_its_boundary():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(4, 2, dtype=torch.float64)
+    ).eval()
+    x = torch.rand(5, 1, 2, 2, dtype=torch.float64)
+    y = model(x).argmax(1)
+    everyone = torch.ones(5, dtype=torch.bool)
+    sample = Sample(model, x, y, everyone, [x], None, {"norm": "linf"})
+    (w1, w2), gap = model[1].weight.detach(), model(x).detach().diff(dim=1).abs().flatten()
+    expected = gap / (w1 - w2).abs().sum()
+    values = MEASURES["radius"](sample)
+    assert values["rho2"] == pytest.approx(float(expected.mean()), rel=1e-12)
+    assert values["rho2-nearest"] == pytest.approx(float(expected.mean()), rel=1e-12)
+    assert values["rho2-median"] == pytest.approx(float(expected.median()), rel=1e-12)
+
+
+def test_eps99_is_infinite_where_the_attack_fails_too_often():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        model[1].bias.zero_()
+    x = torch.full((100, 1, 1, 1), 0.5)
+    y, everyone = torch.zeros(100, dtype=torch.int64), torch.ones(100, dtype=torch.bool)
+    points = -x
+    for failing, expected in ((0, 1.0), (1, math.inf)):
+        points[:failing] = x[:failing]
+        sample = Sample(model, x, y, everyone, [points], None, {"norm": "linf"})
+        values = MEASURES["minimal"](sample)
+        assert values["eps99"] == expected
+        assert values["found"] == pytest.approx(1 - failing / 100)
+
+
+def test_a_training_goes_on_where_it_was_killed(bench, network, monkeypatch):
+    whole = bench.plan()
+    steps.train(whole, network)
+    expected = whole.weights(network).read_bytes()
+    whole.weights(network).unlink()
+    whole.record(network).unlink()
+    replace, saved = steps.Path.replace, []
+
+    def dying(path, target):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(target)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            steps.train(whole, network)
+    assert not whole.record(network).is_file()
+    assert not whole.weights(network).is_file()
+    assert len(list(whole.weights(network).parent.glob("checkpoint-*.pt"))) == 1
+    steps.train(whole, network)
+    assert whole.weights(network).read_bytes() == expected
+    assert not list(whole.weights(network).parent.glob("checkpoint-*.pt"))
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    steps.write_json(path, {"a": 1})
+
+    def die():
+        with steps.replacing(path) as partial:
+            partial.write_text('{"a": ')
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        die()
+    assert read(path) == {"a": 1}
+
+
+def test_other_weights_than_the_record_s_are_refused(bench, network):
+    plan = bench.plan()
+    make(plan, Run(network, "clean"))
+    plan.weights(network).write_bytes(b"other")
+    with pytest.raises(ValueError, match="aren't the weights of"):
+        steps.attack(plan, Run(network, "clean"))
+
+
+def test_table_and_figure_are_means_over_seeds_and_tell_what_is_missing(bench):
+    plan = bench.plan()
+    item, drawing = plan.items["convex-3"], plan.items["convex-figure-3a"]
+    for cell in item.cells.values():
+        if cell.model == "fcnn":
+            make(plan, *plan.runs(cell))
+    content = summary.table(plan, item)
+    errors = [
+        100 * read(plan.record(run))["values"]["error"]
+        for run in plan.runs(item.cells["fcnn", "test-error"])
+    ]
+    fcnn, nin = content["rows"]
+    assert fcnn["values"]["test-error"] == statistics.mean(errors)
+    assert fcnn["spread"]["test-error"] == pytest.approx(abs(errors[0] - errors[1]) / math.sqrt(2))
+    assert fcnn["seeds"] == {"test-error": 2, "rho1": 2}
+    assert fcnn["images"] == {"test-error": 400, "rho1": 60}
+    assert nin["values"] == {"test-error": None, "rho1": None}
+    assert content["missing"][0] == {
+        "row": "nin",
+        "column": "test-error",
+        "why": "no data: cifar10-subset",
+    }
+    assert (
+        compare("convex", "3", ours=content["rows"])
+        .iloc[0, 1]
+        .startswith(f"{fcnn['values']['test-error']:.1f}")
+    )
+    shown = summary.show(content)
+    assert "digits: the first 60 test images" in shown
+    assert "missing: nin, rho1: no data" in shown
+    content = summary.figure(plan, drawing)
+    runs = plan.runs(drawing.cells["DeepFool",])
+    ratios = [read(plan.record(run))["values"]["fooling"] for run in runs]
+    assert content["curves"]["DeepFool"]["y"] == pytest.approx(
+        [50 * (a + b) for a, b in zip(*ratios, strict=True)]
+    )
+    assert content["clean"]["mean"] == fcnn["values"]["test-error"]
+    assert content["missing"] == [{"curve": "PGD", "why": "not run, on digits"}]
+    assert summary.draw(content)[:4] == b"\x89PNG"
+
+
+def test_json_is_short_and_without_infinity():
+    content = {"a": math.inf, "b": [1.0, math.nan], "c": {"long": list(range(60)), "d": "é"}}
+    text = summary.dumps(content)
+    assert json.loads(text) == {
+        "a": None,
+        "b": [1.0, None],
+        "c": {"long": list(range(60)), "d": "é"},
+    }
+    assert len(text.splitlines()) < 10
+
+
+def test_the_command_line_names_the_step(bench, network):
+    folders = [f"--{name}={bench.folder / name}" for name in ("settings", "results", "work")]
+    steps.main(["train", "convex", "digits", "fcnn", "none", "0", *folders])
+    steps.main(["attack", "convex", "digits", "fcnn", "none", "0", "clean", *folders])
+    steps.main(["measure", "convex", "digits", "fcnn", "none", "0", "clean", *folders])
+    assert read(bench.plan().record(Run(network, "clean")))["values"]["error"] < 0.5
