@@ -4,10 +4,23 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from adv.lab import data, models
-from adv.lab.models import MLP, DenseNet40, LeNet5, NetworkInNetwork, Normalize, ResNet32
+from adv.lab.models import (
+    MLP,
+    Autoencoder,
+    Colorization,
+    DenseNet40,
+    LeNet5,
+    NetworkInNetwork,
+    Normalize,
+    ResNet32,
+    join_color,
+    split_color,
+)
 
 SHAPES = {
     "fcnn": (1, 28, 28),
@@ -44,7 +57,10 @@ COUNTS = {
     "nin": 966_986,
     "densenet40": 1_019_722,
     "resnet32": 464_154,
-}
+    "autoencoder": dense(784, 256, 32) + dense(32, 256, 784),
+    "colorization": (9 + 1) * 16 + (9 * 16 + 1) * 32 + (9 * 32 + 1) * 64 + (128 + 1) * 64
+    + (9 * 64 + 1) * 32 + (9 * 32 + 1) * 16 + (9 * 16 + 1) * 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -306,3 +322,156 @@ def test_resnet_shortcuts_take_every_second_pixel_and_pad_with_zeros():
         (32, 16, 16),
         (64, 8, 8),
     ]
+
+
+# Networks that return images
+
+
+IMAGES = {"autoencoder": ((1, 28, 28), (1, 28, 28)), "colorization": ((1, 10, 7), (2, 10, 7))}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_outputs_are_images_of_each_sample_alone(name):
+    network = models.build(name, seed=0).eval()
+    given, returned = IMAGES[name]
+    x = noise(3, *given)
+    with torch.no_grad():
+        together, alone = network(x), torch.cat([network(image[None]) for image in x])
+    assert together.shape == (3, *returned)
+    assert torch.allclose(together, alone, atol=1e-6)
+    assert (together[0] - together[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_derivatives_of_images_forward_backward_and_batched(name):
+    """The attacks on regression need J u, J^T w and many of them at once."""
+    network = models.build(name, seed=0, activation="tanh").eval().double()
+    given, returned = IMAGES[name]
+    x, u, w = (
+        noise(2, *shape, seed=i).double() for i, shape in enumerate([given, given, returned])
+    )
+    _, forward = torch.func.jvp(network, (x,), (u,))
+    step = 1e-6
+    difference = (network(x + step * u) - network(x - step * u)) / (2 * step)
+    assert torch.allclose(forward, difference, rtol=1e-5, atol=1e-9)
+    pulled = torch.func.vjp(network, x)[1]
+    assert (forward * w).sum().item() == pytest.approx((u * pulled(w)[0]).sum().item(), rel=1e-9)
+    many = torch.stack([w, w.flip(0), w.square()])
+    batched = torch.func.vmap(lambda v: pulled(v)[0])(many)
+    assert torch.allclose(batched, torch.stack([pulled(v)[0] for v in many]))
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_autoencoder_is_two_perceptrons_and_a_sigmoid(activation):
+    network = Autoencoder((2, 3, 2), hidden=9, code=4, activation=activation).double()
+    x = noise(5, 2, 3, 2).double() - 0.5
+    function = np.tanh if activation == "tanh" else lambda z: np.maximum(z, 0)
+    maps = [
+        (m.weight.detach().numpy(), m.bias.detach().numpy())
+        for m in network.modules()
+        if isinstance(m, nn.Linear)
+    ]
+    assert [w.shape for w, _ in maps] == [(9, 12), (4, 9), (9, 4), (12, 9)]
+    values = x.reshape(5, 12).numpy()
+    for (w, b), after in zip(maps, (function, lambda z: z, function, lambda z: z), strict=True):
+        values = after(values @ w.T + b)
+    expected = (1 / (1 + np.exp(-values))).reshape(5, 2, 3, 2)
+    assert np.abs(network(x).detach().numpy() - expected).max() < 1e-12
+    assert network.encoder(x).shape == (5, 4)
+
+
+def test_colorization_is_its_table_of_layers():
+    network = Colorization((4, 6, 8)).double()
+    x = noise(3, 1, 12, 8).double()
+    a, b, c, fusion, d, e, head = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+
+    def conv(layer, maps, stride=1):
+        padding = layer.weight.shape[-1] // 2
+        return F.conv2d(maps, layer.weight, layer.bias, stride, padding)
+
+    def doubled(maps):
+        return maps.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+    maps = conv(c, conv(b, conv(a, x).relu(), 2).relu(), 2).relu()
+    assert maps.shape == (3, 8, 3, 2)
+    whole = maps.sum(dim=(2, 3)) / 6
+    maps = conv(fusion, torch.cat([maps, whole[..., None, None].repeat(1, 1, 3, 2)], 1)).relu()
+    maps = doubled(conv(e, doubled(conv(d, maps).relu())).relu())
+    assert torch.allclose(network(x), conv(head, maps).tanh() / 2, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 13), (16, 16), (33, 18)])
+def test_colorization_takes_any_size(size):
+    chroma = models.build("colorization", seed=0)(noise(2, 1, *size))
+    assert chroma.shape == (2, 2, *size)
+    assert chroma.abs().max() < 0.5
+
+
+def test_networks_of_images_refuse_other_images():
+    with pytest.raises(
+        ValueError, match=r"Autoencoder takes images \(B, 1, 28, 28\), not \(2, 784"
+    ):
+        models.build("autoencoder")(noise(2, 784))
+    with pytest.raises(ValueError, match=r"Colorization takes images \(B, 1, H, W\), not \(2, 3"):
+        models.build("colorization")(noise(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="positive"):
+        Autoencoder(code=0)
+    with pytest.raises(ValueError, match="no activation 'swish'"):
+        Colorization(activation="swish")
+
+
+def test_colors_are_split_as_in_jpeg_files():
+    """Pillow's conversion rounds to whole bytes, and puts gray at 128."""
+    patches = data.load("patches").test.x[:50]
+    luminance, chroma = split_color(patches)
+    values = torch.cat([luminance, chroma + 128 / 255], dim=1) * 255
+    for image, ours in zip((patches * 255).round().byte(), values, strict=True):
+        theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("YCbCr")
+        difference = ours.permute(1, 2, 0).numpy() - np.asarray(theirs, np.float32)
+        assert np.abs(difference).max() < 1.01
+
+
+def test_splitting_colors_is_linear_and_joining_undoes_it():
+    rgb = noise(4, 3, 5, 6).double()
+    luminance, chroma = split_color(rgb)
+    assert (luminance.shape, chroma.shape) == ((4, 1, 5, 6), (4, 2, 5, 6))
+    assert torch.allclose(join_color(luminance, chroma), rgb, atol=1e-14)
+    matrix = np.array(
+        [
+            [0.299, 0.587, 0.114],
+            [-0.299 / 1.772, -0.587 / 1.772, 0.5],
+            [0.5, -0.587 / 1.402, -0.114 / 1.402],
+        ]
+    )
+    expected = np.einsum("ij,bjhw->bihw", matrix, rgb.numpy())
+    assert np.abs(torch.cat([luminance, chroma], 1).numpy() - expected).max() < 1e-15
+    free = noise(2, 3, 2, 2, seed=1).double() - 0.5  # also where no color is
+    again = torch.cat(split_color(join_color(free[:, :1], free[:, 1:])), 1)
+    assert torch.allclose(again, free, atol=1e-14)
+
+
+def test_gray_has_no_chroma_and_pure_colors_the_most():
+    gray = noise(2, 1, 3, 3).expand(2, 3, 3, 3)
+    luminance, chroma = split_color(gray)
+    assert torch.allclose(luminance, gray[:, :1])
+    assert chroma.abs().max() < 1e-6
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).T[None, :, :, None]
+    luminance, chroma = split_color(corners)
+    assert (luminance.min().item(), luminance.max().item()) == pytest.approx((0, 1))
+    assert chroma.amax(dim=(0, 2, 3)).tolist() == pytest.approx([0.5, 0.5])
+    assert chroma.amin(dim=(0, 2, 3)).tolist() == pytest.approx([-0.5, -0.5])
+
+
+def test_colors_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"split_color takes images \(B, 3, H, W\), not \(2, 1"):
+        split_color(noise(2, 1, 4, 4))
+    for luminance, chroma in (
+        (noise(2, 2, 4, 4), noise(2, 2, 4, 4)),
+        (noise(2, 1, 4, 4), noise(2, 1, 4, 4)),
+        (noise(2, 1, 4, 4), noise(1, 2, 4, 4)),
+        (noise(2, 1, 4, 4), noise(2, 2, 4, 5)),
+        (noise(1, 4, 4), noise(1, 2, 4, 4)),
+    ):
+        with pytest.raises(ValueError, match="join_color takes luminance"):
+            join_color(luminance, chroma)
