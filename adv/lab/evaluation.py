@@ -46,6 +46,7 @@ __all__ = [
     "fooling_ratio",
     "minimal_norms",
     "perturb",
+    "psnr",
     "report",
     "rho_adv",
     "robust_accuracy",
@@ -144,6 +145,40 @@ def distances(
     delta = x_adv - x
     named: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
     return {str(kind): length(delta, kind) for kind in named} | {"pixels": pixels(delta)}
+
+
+def psnr(
+    a: Float[Tensor, "B ..."], b: Float[Tensor, "B ..."], *, peak: float = 1.0
+) -> Float[Tensor, " B"]:
+    r"""Peak signal-to-noise ratio of each pair: $10\log_{10}(\mathrm{peak}^2/\mathrm{MSE})$.
+
+    With a peak of 1, errors of $\pm\varepsilon$ everywhere are $-20\log_{10}\varepsilon$: 20 dB at
+    $\varepsilon=0.1$. An average over images is an average of decibels.
+
+    Args:
+        a: (B, ...) images, or outputs of a network.
+        b: (B, ...) what they are compared with, in the same units; the order does not matter.
+        peak: the range of a value, in these units.
+
+    Returns:
+        (B,) decibels; infinity where the two are equal.
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: shapes differ, no batch, or a peak that is not positive and finite.
+
+    Source: Balda et al. (2018), section 5, whose text leaves the logarithm out; chapter
+    ``regression``.
+    """
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise TypeError(f"psnr takes floating-point tensors, not {a.dtype} and {b.dtype}")
+    if a.shape != b.shape or a.ndim < 2:
+        raise ValueError(
+            f"psnr takes two (B, ...) of one shape, not {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if not 0 < peak < math.inf:
+        raise ValueError(f"peak={peak} must be positive and finite")
+    return -10 * ((a - b) / peak).square().flatten(1).mean(dim=1).log10()
 
 
 def rho_adv(x: Float[Tensor, "N ..."], norms: Float[Tensor, " N"], *, norm: Norm = "l2") -> float:

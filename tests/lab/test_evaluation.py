@@ -467,3 +467,33 @@ def test_report_joins_attacks_that_fool_different_samples(problem):
     zeros, ones, both, joined = table[0.02]
     assert joined == both < min(zeros, ones)
     mpl.pyplot.close("all")
+
+
+def test_psnr_of_signs_and_of_spheres_is_the_closed_form():
+    x = torch.rand(3, 2, 8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for eps, decibels in ((0.1, 20.0), (0.01, 40.0), (10**-0.5, 10.0)):
+        signs = torch.where(x > 0.4, eps, -eps)
+        assert ev.psnr(x + signs, x).tolist() == pytest.approx([decibels] * 3)
+        sphere = eps * math.sqrt(112) * (x / x.flatten(1).norm(dim=1).view(3, 1, 1, 1))
+        assert ev.psnr(x, x + sphere).tolist() == pytest.approx([decibels] * 3)
+
+
+def test_psnr_is_one_number_for_each_pair():
+    a = torch.zeros(3, 4, dtype=torch.float64)
+    b = torch.tensor([[1.0, 1, 1, 1], [2, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
+    assert ev.psnr(a, b).tolist() == [0, 0, math.inf]
+    assert ev.psnr(a, b / 4, peak=25.5)[:2].tolist() == pytest.approx(
+        [10 * math.log10(25.5**2 * 16)] * 2
+    )
+
+
+def test_psnr_refuses_what_it_cannot_compare():
+    x = torch.rand(2, 3, 4)
+    for a, b in ((x, x[:1]), (x, x.flatten(1)), (x[0, 0], x[0, 0])):
+        with pytest.raises(ValueError, match="one shape"):
+            ev.psnr(a, b)
+    with pytest.raises(TypeError, match="floating"):
+        ev.psnr((255 * x).byte(), x)
+    for peak in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="peak"):
+            ev.psnr(x, x, peak=peak)
