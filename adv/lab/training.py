@@ -19,8 +19,18 @@ from tqdm import tqdm
 from adv.attacks.common import check_count
 from adv.lab.data import Split
 from adv.lab.evaluation import accuracy
+from adv.lab.models import split_color
 
-__all__ = ["DivergenceError", "History", "Loss", "cross_entropy", "fit"]
+__all__ = [
+    "DivergenceError",
+    "History",
+    "Loss",
+    "Score",
+    "colorization",
+    "cross_entropy",
+    "fit",
+    "reconstruction",
+]
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Score = Callable[[nn.Module, Tensor, Tensor], float]
@@ -52,6 +62,20 @@ class DivergenceError(ArithmeticError):
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     r"""Mean cross-entropy $-\log p_y(x)$ in nats, the default loss: (B, ...), (B,) -> scalar."""
     return F.cross_entropy(model(x), y)
+
+
+def reconstruction(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+    r"""Mean squared error of an autoencoder, $\mathrm{mean}\,(f(x)-x)^2$; labels are ignored."""
+    return F.mse_loss(model(x), x)
+
+
+def colorization(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+    r"""Mean squared error of the chroma that a network predicts from the luminance.
+
+    ``x`` are color images (B, 3, H, W), divided by ``models.split_color``; labels are ignored.
+    """
+    luminance, chroma = split_color(x)
+    return F.mse_loss(model(luminance), chroma)
 
 
 def fit(

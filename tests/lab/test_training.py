@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from adv.lab.data import Split
-from adv.lab.training import DivergenceError, cross_entropy, fit
+from adv.lab.training import DivergenceError, colorization, cross_entropy, fit, reconstruction
 
 
 def blobs(n=60, seed=0):
@@ -111,6 +111,42 @@ def test_same_seed_same_weights_whatever_the_global_state():
     quiet(third, blobs(), epochs=2, batch_size=20, seed=8)
     assert torch.equal(weights(first), weights(second))
     assert not torch.equal(weights(first), weights(third))
+
+
+def test_a_linear_autoencoder_learns_the_principal_subspace():
+    """The mean squared error of the best rank 2 is what the singular values beyond leave."""
+    images = blobs()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        linear = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False))
+    model = nn.Sequential(nn.Flatten(), *linear, nn.Unflatten(1, (1, 2, 4)))
+    settings = {"epochs": 400, "batch_size": 60, "lr": 0.05, "schedule": "cosine"}
+    history = quiet(model, images, loss=reconstruction, **settings)
+    best = torch.linalg.svdvals(images.x.flatten(1))[2:].square().sum() / images.x.numel()
+    assert history.loss[-1] == pytest.approx(float(best), rel=1e-3)
+    assert history.loss[0] > 3 * float(best)
+
+
+def test_colorization_gives_the_luminance_and_asks_for_the_chroma():
+    """A gray guess costs the mean square of the color differences; the right one, nothing."""
+    rgb = torch.rand(4, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(4, dtype=torch.int64)
+    red, green, blue = rgb.unbind(1)
+    luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+    differences = torch.stack([(blue - luminance) / 1.772, (red - luminance) / 1.402], 1)
+
+    class Guess(nn.Module):
+        def __init__(self, chroma):
+            super().__init__()
+            self.chroma = chroma
+
+        def forward(self, x):
+            torch.testing.assert_close(x, luminance[:, None])
+            return self.chroma
+
+    gray = colorization(Guess(torch.zeros(4, 2, 2, 5)), rgb, y)
+    assert float(gray) == pytest.approx(float(differences.square().mean()), rel=1e-5)
+    assert float(colorization(Guess(differences), rgb, y)) < 1e-12
 
 
 def test_keeps_the_best_epoch_on_validation_and_the_latest_of_equals():
