@@ -2,7 +2,7 @@
 
 ``adv/weights/manifest.toml`` holds an entry for each: the recipe (network, data, loss, training,
 seed, and the attack under which its accuracy is stated), written by people, and the record (hash,
-accuracies, time, device), written by ``store``.
+accuracies or PSNR, time, device), written by ``store``.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,13 +22,27 @@ from torch import Tensor, nn
 
 import adv.lab
 from adv.lab import data, models
-from adv.lab.evaluation import accuracy, robust_accuracy
-from adv.lab.training import Loss, cross_entropy, fit
+from adv.lab.evaluation import accuracy, psnr, robust_accuracy
+from adv.lab.training import Loss, Score, colorization, cross_entropy, fit, reconstruction
 
 __all__ = ["Comparison", "Entry", "entry", "load", "names", "store", "train"]
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 MANIFEST = "manifest.toml"
+CHUNK = 500
+
+
+class Task(NamedTuple):
+    """What a network that does not classify learns: a loss, and pairs (input, target) of images."""
+
+    loss: Loss
+    pairs: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+TASKS = {
+    "reconstruction": Task(reconstruction, lambda x: (x, x)),
+    "colorization": Task(colorization, models.split_color),
+}
 
 
 @dataclass(frozen=True)
@@ -41,14 +55,17 @@ class Entry:
         model: ``name`` and settings, for ``lab.models.build``.
         training: settings of ``lab.training.fit``; ``best = true`` keeps the best epoch on ``val``.
         loss: ``name`` such as ``"adversarial.trades"`` (a factory in ``adv.defenses``) and its
-            settings; cross-entropy where empty.
+            settings; where empty, the task's, or cross-entropy.
+        task: ``"reconstruction"`` (image to the same image) or ``"colorization"`` (luminance to
+            chroma); empty for a network that classifies, or has another purpose.
         attack: ``name`` such as ``"gradient.pgd"`` (in ``adv.attacks``), ``eps``, ``norm`` and
             settings, under which the robust accuracy is stated; ``samples`` limits the test images.
             Empty for a network that does not classify, which then has no accuracies.
         seed: of the initial weights and of the training.
         cached: weights too large for the package, which live in the user's cache once trained.
         record: written by ``store``: ``command``, ``sha256``, ``parameters``, ``clean``, ``robust``
-            (fractions of 1, on the test set), ``seconds``, ``device``, ``threads``, ``torch``.
+            (fractions of 1, on the test set) or, of a task, ``psnr`` (in dB, the mean over the test
+            set), ``seconds``, ``device``, ``threads``, ``torch``.
     """
 
     name: str
@@ -56,6 +73,7 @@ class Entry:
     model: Mapping[str, Any]
     training: Mapping[str, Any]
     loss: Mapping[str, Any] = field(default_factory=dict)
+    task: str = ""
     attack: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     cached: bool = False
@@ -106,6 +124,9 @@ class Comparison:
             if key in self.made:
                 before = f" (stored: {self.stored[key]:.2%})" if key in self.stored else ""
                 lines.append(f"  {what:<24}{self.made[key]:.2%}{before}")
+        if "psnr" in self.made:
+            before = f" (stored: {self.stored['psnr']:.2f} dB)" if "psnr" in self.stored else ""
+            lines.append(f"  {'test PSNR':<24}{self.made['psnr']:.2f} dB{before}")
         if self.difference is None:
             lines.append("  nothing stored to compare with")
         else:
@@ -247,22 +268,24 @@ def _make(wanted: Entry, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
     model = models.build(**wanted.model, seed=wanted.seed).to(place)
     settings = dict(wanted.training)
     val = source.val if settings.pop("best", False) else None
+    score = _score(wanted.task)
     start = time.perf_counter()
     fit(
         model,
         source.train,
         val=val,
-        loss=_loss(wanted.loss),
+        score=score,
+        loss=_loss(wanted),
         seed=wanted.seed,
         progress=progress,
         **settings,
     )
     seconds = time.perf_counter() - start
-    accuracies = _accuracies(wanted, model, source.test.to(place))
+    worth = _worth(wanted, model, source.test.to(place))
     return model.cpu(), {
         "command": wanted.command,
         "parameters": sum(p.numel() for p in model.parameters()),
-        **accuracies,
+        **worth,
         "seconds": round(seconds, 1),
         "device": place.type,
         "threads": torch.get_num_threads(),
@@ -270,7 +293,9 @@ def _make(wanted: Entry, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def _accuracies(wanted: Entry, model: nn.Module, test: data.Split) -> dict[str, float]:
+def _worth(wanted: Entry, model: nn.Module, test: data.Split) -> dict[str, float]:
+    if wanted.task:
+        return {"psnr": round(_score(wanted.task)(model, test.x, test.y), 4)}
     if not wanted.attack:
         return {}
     settings = dict(wanted.attack)
@@ -280,6 +305,20 @@ def _accuracies(wanted: Entry, model: nn.Module, test: data.Split) -> dict[str, 
         "clean": accuracy(model, test.x, test.y),
         "robust": robust_accuracy(model, some.x, some.y, attack, **settings),
     }
+
+
+def _score(task: str) -> Score:
+    """Higher is better: accuracy, or for a task the mean PSNR of its outputs in dB."""
+    if not task:
+        return accuracy
+    pairs = _task(task).pairs
+
+    @torch.no_grad()
+    def quality(model: nn.Module, x: Tensor, _: Tensor) -> float:
+        shown = (pairs(part) for part in x.split(CHUNK))
+        return float(torch.cat([psnr(model(given), wanted) for given, wanted in shown]).mean())
+
+    return quality
 
 
 def _difference(model: nn.Module, stored: nn.Module) -> float:
@@ -296,10 +335,16 @@ def _agreement(wanted: Entry, model: nn.Module, stored: nn.Module) -> float | No
     return float(torch.cat(same).double().mean())
 
 
-def _loss(recipe: Mapping[str, Any]) -> Loss:
-    settings = dict(recipe)
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def _loss(wanted: Entry) -> Loss:
+    settings = dict(wanted.loss)
     if not settings:
-        return cross_entropy
+        return _task(wanted.task).loss if wanted.task else cross_entropy
     return _resolve("adv.defenses", settings.pop("name"))(**settings)
 
 
@@ -344,7 +389,7 @@ def _sha256(path: Path) -> str:
 
 
 HEADER = """\
-# The networks of the zoo. People write the recipes (data, model, loss, training, attack, seed);
+# The networks of the zoo. People write the recipes (data, model, training, loss or task, attack);
 # `record` is written by adv.lab.zoo.store, which trains by the recipe. `adv train NAME` makes any
 # of them again and compares.
 """
