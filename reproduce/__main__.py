@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from reproduce.plan import ROOT, Item, Plan, Task, read
+from reproduce.files import read
+from reproduce.plan import ROOT, Item, Plan, Task
 
 HERE = Path(__file__).resolve().parent
 
@@ -21,8 +22,7 @@ HERE = Path(__file__).resolve().parent
 def main(arguments: list[str] | None = None) -> int:
     """Run the workflow; return Snakemake's exit status."""
     given = _parser().parse_args(arguments)
-    only = tuple(filter(None, given.only.split(",")))
-    plan = Plan(given.settings, given.results, given.work, only, given.trust)
+    plan = Plan.given(given)
     if unknown := [name for name in given.names if name not in plan.items]:
         sys.exit(f"no {', '.join(unknown)}; there are {', '.join(plan.items)}")
     items = [plan.items[name] for name in given.names or plan.items]
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         from reproduce.summary import show  # takes seconds: PyTorch
 
         for item in items:
-            print("\n" + show(read(plan.output(item)) or {}))
+            if (content := read(plan.output(item))) is not None:
+                print("\n" + show(content))
     return status
 
 
@@ -113,12 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m reproduce", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="such as convex-3; default: all")
     parser.add_argument("--dry", action="store_true", help="only show what would run")
-    parser.add_argument("--only", default="", help="networks to run, separated by commas")
-    parser.add_argument("--trust", action="store_true", help="keep results of older code")
     parser.add_argument("--profile", default="local", help="local, slurm, or a profile's folder")
     parser.add_argument("--cores", default=os.environ.get("CORES", ""), help="jobs at a time")
-    for folder in ("settings", "results", "work"):
-        parser.add_argument(f"--{folder}", type=Path, default=getattr(Plan, folder))
+    Plan.options(parser)
     parser.add_argument("--snakemake", nargs=argparse.REMAINDER, default=[], help="its options")
     return parser
 

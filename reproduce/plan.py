@@ -3,7 +3,7 @@
 Nothing is computed here and PyTorch isn't needed, so that the Snakefile can be read quickly.
 """
 
-import hashlib
+import argparse
 import itertools
 import json
 import math
@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from reproduce import versions
+from reproduce.files import read, sha256
 
 __all__ = ["Cell", "Item", "Network", "Plan", "Run", "Task"]
 
@@ -82,6 +83,12 @@ class Item:
     kind: str
     id: str
     cells: Mapping[tuple[str, ...], Cell]
+    clean: Cell | None = None
+
+    @property
+    def needed(self) -> list[Cell]:
+        """All cells, with what a figure's network is worth without an attack."""
+        return [*self.cells.values(), *([] if self.clean is None else [self.clean])]
 
     @property
     def name(self) -> str:
@@ -125,6 +132,30 @@ class Plan:
     trust: bool = False
     datasets: frozenset[str] | None = None
 
+    # ------------------------------------------------------------------------------- command line
+
+    @staticmethod
+    def options(parser: argparse.ArgumentParser) -> None:
+        """Add the options that ``given`` reads."""
+        for folder in ("settings", "results", "work"):
+            parser.add_argument(f"--{folder}", type=Path, default=getattr(Plan, folder))
+        parser.add_argument("--only", default="", help="networks to run, separated by commas")
+        parser.add_argument(
+            "--datasets", default="", help="take these for being at hand; don't look"
+        )
+        parser.add_argument("--trust", action="store_true", help="keep results of older code")
+
+    @staticmethod
+    def given(options: argparse.Namespace) -> "Plan":
+        """The plan that a command line means."""
+        only, datasets = (
+            tuple(filter(None, text.split(","))) for text in (options.only, options.datasets)
+        )
+        settings, results, work = (
+            path.resolve() for path in (options.settings, options.results, options.work)
+        )
+        return Plan(settings, results, work, only, options.trust, frozenset(datasets) or None)
+
     # ------------------------------------------------------------------------------------ settings
 
     def paper(self, name: str) -> Settings:
@@ -159,7 +190,8 @@ class Plan:
         own = _entry(paper, "networks", network.model)
         defense = _entry(paper, "defenses", network.defense)
         loss = defense.get("loss") or own.get("loss") or {}
-        return {
+        shown = {"input": own["input"]} if "input" in own else {}
+        return shown | {
             "data": network.dataset,
             "model": own["model"],
             "loss": loss,
@@ -198,6 +230,10 @@ class Plan:
         """The JSON file of a table or a figure."""
         return self.results / f"{item.name}.json"
 
+    def picture(self, item: Item) -> Path:
+        """The PNG file of a figure."""
+        return self.work / "figures" / f"{item.name}.png"
+
     # ---------------------------------------------------------------------------------------- runs
 
     def runs(self, cell: Cell) -> list[Run]:
@@ -233,7 +269,7 @@ class Plan:
 
     def inputs(self, item: Item) -> list[Path]:
         """The records that a table or figure is built from."""
-        runs = itertools.chain.from_iterable(map(self.wanted, item.cells.values()))
+        runs = itertools.chain.from_iterable(map(self.wanted, item.needed))
         return list(dict.fromkeys(map(self.record, runs)))
 
     # --------------------------------------------------------------------------------- what to run
@@ -291,7 +327,7 @@ class Plan:
 
     def tasks(self, items: list[Item]) -> list[Task]:
         """The trainings and attacks that will run for some tables and figures."""
-        cells = [cell for item in items for cell in item.cells.values()]
+        cells = [cell for item in items for cell in item.needed]
         runs = [
             run
             for cell in cells
@@ -347,17 +383,6 @@ class Plan:
 # ----------------------------------------------------------------------------------------- reading
 
 
-def read(path: Path) -> Settings | None:
-    """A record, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def sha256(path: Path) -> str:
-    """A file's digest."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @cache
 def _read_yaml(path: Path, _changed: int) -> Settings:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -390,7 +415,11 @@ def _items(paper: str, settings: Settings) -> Iterator[Item]:
             (label,): Cell(paper, **_merged(figure, curve))
             for label, curve in figure["curves"].items()
         }
-        yield Item(paper, "figure", str(name), cells)
+        first = next(iter(cells.values()))
+        clean = figure.get("clean") and Cell(
+            paper, first.model, defense=first.defense, **figure["clean"]
+        )
+        yield Item(paper, "figure", str(name), cells, clean)
 
 
 def _merged(item: Settings, *parts: Settings | None) -> Settings:

@@ -1,7 +1,7 @@
-"""The steps of the workflow: train, attack, measure, table, figure. Each is one command line.
+"""The steps that compute: train, attack, measure. Each is a command line, called by the Snakefile.
 
-``python -m reproduce.steps train PAPER DATASET MODEL DEFENSE SEED`` and so on; the Snakefile calls
-them. Every file is written beside its place and renamed, so that there is no half of one.
+``python -m reproduce.steps train PAPER DATASET MODEL DEFENSE SEED``; the other two take the name of
+an attack at the end.
 """
 
 import argparse
@@ -9,13 +9,11 @@ import importlib
 import importlib.metadata
 import inspect
 import math
-import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,11 @@ from torch import Tensor, nn
 from adv.lab import data, device, models
 from adv.lab.evaluation import perturb, success
 from adv.lab.training import cross_entropy, fit
-from reproduce import summary
+from reproduce.files import digest, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
-from reproduce.plan import ROOT, Network, Plan, Run, read, sha256
+from reproduce.plan import ROOT, Network, Plan, Run
 
-__all__ = ["attack", "main", "measure", "perturbed", "replacing", "train"]
+__all__ = ["attack", "main", "measure", "perturbed", "train"]
 
 Settings = Mapping[str, Any]
 
@@ -46,7 +44,7 @@ def train(plan: Plan, network: Network) -> None:
     settings = dict(recipe["training"])
     best = settings.pop("best", False)
     # Its name tells apart what fit() can't: a loss is known to it by name only.
-    checkpoint = plan.weights(network).with_name(f"checkpoint-{summary.digest(recipe)}.pt")
+    checkpoint = plan.weights(network).with_name(f"checkpoint-{digest(recipe)}.pt")
     history = fit(
         model,
         source.train,
@@ -78,7 +76,7 @@ def attack(plan: Plan, run: Run) -> None:
     settings, place = plan.attack(run), device()
     model, source = _network(plan, run.network), data.load(run.network.dataset)
     some = source.test if settings["images"] is None else source.test.take(settings["images"])
-    some = some.to(place)
+    some = _inputs(some, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
     attacked = torch.ones(len(some), dtype=torch.bool, device=place)
     if settings.get("target", "labels") == "labels":
@@ -141,7 +139,8 @@ def measure(plan: Plan, run: Run) -> None:
     settings, place = plan.attack(run), device()
     model, source = _network(plan, run.network), data.load(run.network.dataset)
     content = torch.load(plan.points(run), map_location=place, weights_only=True)
-    some = source.test[: len(content["attacked"])].to(place)
+    some = source.test[: len(content["attacked"])]
+    some = _inputs(some, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
     sample = Sample(
         model, some.x, some.y, content["attacked"], content["points"], content["eps"], settings
@@ -162,24 +161,6 @@ def measure(plan: Plan, run: Run) -> None:
 
 
 # ------------------------------------------------------------------------------------------ files
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write into, which then takes its place at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    yield partial
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.chmod(0o644)
-    partial.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, one line for each short list or mapping; infinite and NaN become null."""
-    with replacing(path) as partial:
-        partial.write_text(summary.dumps(content) + "\n", encoding="utf-8")
 
 
 def write_record(
@@ -242,6 +223,13 @@ def _commit(files: list[Path]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- helpers
 
 
+def _inputs(part: data.Split, recipe: Settings) -> data.Split:
+    """What the network is given: the images, or their luminance."""
+    if recipe.get("input") == "luminance":
+        return data.Split(models.split_color(part.x)[0], part.y)
+    return part
+
+
 def _radii(grid: Any, x: Tensor, norm: str) -> list[float]:
     """Radii as they are, or those whose perturbations have given PSNR in dB, ``{psnr: [...]}``."""
     if not isinstance(grid, Mapping):
@@ -274,31 +262,22 @@ def _resolve(name: str) -> Callable[..., Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(prog="python -m reproduce.steps", description=__doc__)
-    parser.add_argument("step", choices=("train", "attack", "measure", "table", "figure"))
-    parser.add_argument("names", nargs="+", help="paper, data set, model, defense, seed, attack")
-    for folder in ("settings", "results", "work"):
-        parser.add_argument(f"--{folder}", type=Path, default=getattr(Plan, folder))
-    parser.add_argument("--only", default="")
+    parser.add_argument("step", choices=("train", "attack", "measure"))
+    for name in ("paper", "dataset", "model", "defense"):
+        parser.add_argument(name)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("attack", nargs="?", help="but for train")
+    Plan.options(parser)
     given = parser.parse_args(arguments)
-    only = tuple(given.only.split(",")) if given.only else ()
-    plan = Plan(given.settings, given.results, given.work, only)
-    if given.step in ("table", "figure"):
-        item = plan.items[given.names[0]]
-        build = summary.table if given.step == "table" else summary.figure
-        content = build(plan, item)
-        write_json(plan.output(item), content)
-        if given.step == "figure":
-            with replacing(plan.work / "figures" / f"{item.name}.png") as path:
-                path.write_bytes(summary.draw(content))
-        return
-    paper, dataset, model, defense, seed, *rest = given.names
-    network = Network(paper, dataset, model, defense, int(seed))
+    plan = Plan.given(given)
+    network = Network(given.paper, given.dataset, given.model, given.defense, given.seed)
+    if (given.step == "train") != (given.attack is None):
+        parser.error("train takes no attack, attack and measure take one")
     if given.step == "train":
         train(plan, network)
-    elif given.step == "attack":
-        attack(plan, Run(network, *rest))
     else:
-        measure(plan, Run(network, *rest))
+        step = attack if given.step == "attack" else measure
+        step(plan, Run(network, given.attack))
 
 
 if __name__ == "__main__":

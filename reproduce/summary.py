@@ -1,16 +1,18 @@
-"""Tables and figures from the stored records, and from nothing else: mean and spread over seeds."""
+"""Tables and figures from the stored records, and from nothing else: mean and spread over seeds.
 
-import hashlib
+``python -m reproduce.summary NAME`` writes one; the Snakefile's last two rules call it.
+"""
+
+import argparse
 import io
-import json
 import math
 import statistics
-from collections.abc import Mapping
 from typing import Any
 
-from reproduce.plan import Cell, Item, Plan, Run, read
+from reproduce.files import read, replacing, write_json
+from reproduce.plan import Cell, Item, Plan, Run
 
-__all__ = ["digest", "draw", "dumps", "figure", "show", "table"]
+__all__ = ["draw", "figure", "main", "show", "table"]
 
 Content = dict[str, Any]
 
@@ -70,7 +72,7 @@ def figure(plan: Plan, item: Item) -> Content:
         }
     head = {"paper": item.paper, "figure": item.id, "axes": settings["axes"]}
     head |= {
-        "clean": _clean(plan, item, settings),
+        "clean": _clean(plan, item.clean),
         "spread_meaning": "standard deviation over seeds",
     }
     return head | {"curves": curves, "missing": missing}
@@ -128,41 +130,6 @@ def show(content: Content) -> str:
     return "\n".join(lines)
 
 
-def digest(content: Any) -> str:
-    """A short name for settings."""
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def dumps(content: Any, indent: int = 0, width: int = 100) -> str:
-    """JSON in which what fits a line stands in one; infinity and NaN become null."""
-    line = json.dumps(_plain(content), ensure_ascii=False)
-    if len(line) + indent <= width or not isinstance(content, dict | list | tuple) or not content:
-        return line
-    inner, outer = " " * (indent + 1), " " * indent
-    if isinstance(content, dict):
-        parts = [
-            f"{inner}{json.dumps(str(key))}: {dumps(value, indent + 1, width - len(str(key)))}"
-            for key, value in content.items()
-        ]
-        return "{\n" + ",\n".join(parts) + f"\n{outer}}}"
-    if not any(isinstance(value, dict | list) for value in content):
-        return line
-    return (
-        "[\n"
-        + ",\n".join(inner + dumps(value, indent + 1, width) for value in content)
-        + f"\n{outer}]"
-    )
-
-
-def _plain(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {str(key): _plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
 def _records(plan: Plan, cell: Cell) -> list[Content]:
     """The records of a cell that are of today's settings, one for each seed."""
     records = [read(plan.record(run)) for run in plan.runs(cell) if plan.current(run)]
@@ -189,15 +156,12 @@ def _scale(record: Content) -> str:
     return f"{record['dataset']}{whole}: {part} {images:,} test images, trained for {epochs} epochs"
 
 
-def _clean(plan: Plan, item: Item, settings: Content) -> Content | None:
+def _clean(plan: Plan, cell: Cell | None) -> Content | None:
     """What the networks of a figure are worth without an attack."""
-    if "clean" not in settings:
+    if cell is None:
         return None
-    first = next(iter(item.cells.values()))
-    cell = Cell(item.paper, first.model, defense=first.defense, **settings["clean"])
-    values = [
-        value for record in _records(plan, cell) if (value := _value(record, cell)) is not None
-    ]
+    records = _records(plan, cell)
+    values = [value for record in records if (value := _value(record, cell)) is not None]
     if not values:
         return None
     spread = statistics.stdev(values) if len(values) > 1 else None
@@ -213,3 +177,25 @@ def _why(plan: Plan, cell: Cell, values: list[float | None]) -> str:
     if not plan.available(dataset):
         return f"no data: {dataset}"
     return f"not run, on {dataset}"
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write a table or a figure."""
+    parser = argparse.ArgumentParser(prog="python -m reproduce.summary", description=__doc__)
+    parser.add_argument("name", help="such as convex-3 or convex-figure-3a")
+    Plan.options(parser)
+    options = parser.parse_args(arguments)
+    plan = Plan.given(options)
+    item = plan.items[options.name]
+    content = table(plan, item) if item.kind == "table" else figure(plan, item)
+    write_json(plan.output(item), content)
+    if item.kind == "figure":
+        with replacing(plan.picture(item)) as path:
+            path.write_bytes(draw(content))
+
+
+if __name__ == "__main__":
+    main()

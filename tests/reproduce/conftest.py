@@ -95,7 +95,7 @@ class Bench:
 
     def command(self, *arguments):
         folders = (f"--{name}={self.folder / name}" for name in ("settings", "results", "work"))
-        return [sys.executable, "-m", "reproduce", *folders, *arguments]
+        return [sys.executable, "-m", "reproduce", *folders, "--datasets=digits", *arguments]
 
     def run(self, *arguments, status=0):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -109,8 +109,3 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path):
     return Bench(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return Bench(tmp_path_factory.mktemp("bench"))

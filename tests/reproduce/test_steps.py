@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from adv.attacks.gradient import pgd
 from adv.lab import data, models
 from adv.lab.claims import compare
 from reproduce import steps, summary
+from reproduce.files import dumps, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
-from reproduce.plan import Network, Run, read, sha256
+from reproduce.plan import Network, Run
 
 
 @pytest.fixture
@@ -128,7 +130,7 @@ def test_a_training_goes_on_where_it_was_killed(bench, network, monkeypatch):
     expected = whole.weights(network).read_bytes()
     whole.weights(network).unlink()
     whole.record(network).unlink()
-    replace, saved = steps.Path.replace, []
+    replace, saved = Path.replace, []
 
     def dying(path, target):
         if saved:
@@ -150,10 +152,10 @@ def test_a_training_goes_on_where_it_was_killed(bench, network, monkeypatch):
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "deep" / "result.json"
-    steps.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
 
     def die():
-        with steps.replacing(path) as partial:
+        with replacing(path) as partial:
             partial.write_text('{"a": ')
             raise ZeroDivisionError
 
@@ -213,7 +215,7 @@ def test_table_and_figure_are_means_over_seeds_and_tell_what_is_missing(bench):
 
 def test_json_is_short_and_without_infinity():
     content = {"a": math.inf, "b": [1.0, math.nan], "c": {"long": list(range(60)), "d": "é"}}
-    text = summary.dumps(content)
+    text = dumps(content)
     assert json.loads(text) == {
         "a": None,
         "b": [1.0, None],

@@ -1,0 +1,75 @@
+"""Files that are whole or not there, and JSON that is pleasant to read and to compare."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["digest", "dumps", "read", "replacing", "sha256", "write_json"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write into, which takes its place when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    yield partial
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.chmod(0o644)  # safetensors writes files that only their owner can read
+    partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``dumps(content)``."""
+    with replacing(path) as partial:
+        partial.write_text(dumps(content) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A JSON file's content, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def sha256(path: Path) -> str:
+    """A file's digest."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content: Any) -> str:
+    """A short name for settings, whatever their order."""
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def dumps(content: Any, indent: int = 0, width: int = 100) -> str:
+    """JSON in which what fits into a line stands in one; infinity and NaN become null."""
+    line = json.dumps(_finite(content), ensure_ascii=False)
+    if len(line) + indent <= width:
+        return line
+    inner, outer = "\n" + " " * (indent + 1), "\n" + " " * indent
+    if isinstance(content, Mapping):
+        names = [json.dumps(str(key), ensure_ascii=False) + ": " for key in content]
+        values = [
+            dumps(value, indent + 1, width - len(name))
+            for name, value in zip(names, content.values(), strict=True)
+        ]
+        pairs = (name + value for name, value in zip(names, values, strict=True))
+        return "{" + inner + f",{inner}".join(pairs) + outer + "}"
+    if isinstance(content, list | tuple) and any(isinstance(v, Mapping | list) for v in content):
+        values = [dumps(value, indent + 1, width) for value in content]
+        return "[" + inner + f",{inner}".join(values) + outer + "]"
+    return line
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(key): _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
