@@ -1,0 +1,423 @@
+r"""The Jacobian as an operator that is never stored, and the quadratic problems on top of it.
+
+The output of a linearized model is farthest from a target where $\|r+J\delta\|_2^2$ is largest.
+Over an l2 ball that is an eigenvalue problem, over the corners of a box one of signs, NP-hard in
+general. The solvers here take an operator, so that inputs and outputs may be of any size, or small
+matrices; ``regression`` makes attacks of them.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adv.attacks.common import (
+    Best,
+    Model,
+    Observe,
+    check_number,
+    eval_mode,
+    expand,
+    generator,
+    settled,
+)
+from adv.geometry import norm as norm_of
+from adv.geometry import steepest
+
+__all__ = [
+    "Jacobian",
+    "Singular",
+    "ascend",
+    "best_signs",
+    "flip_search",
+    "greedy_signs",
+    "sign_bound",
+    "singular",
+    "trust_region",
+]
+
+CHUNK = 2**22
+"""Numbers in a block of Jacobian columns: 16 MB in float32, whatever the size of the network."""
+
+
+# ----------------------------------------------------------------------------------- the Jacobian
+
+
+class Jacobian:
+    r"""The Jacobian of each sample as an operator: products with $J$ and $J^\top$, never $J$.
+
+    The model runs once, in evaluation mode, and its graph is kept: $J^\top w$ is a backward pass.
+    Being linear in $w$ it can be differentiated by $w$, and $J u$ is that derivative: no layer
+    needs a forward mode. Memory is that of the graph, a small multiple of the activations.
+
+    Args:
+        model: ``(B, ...) -> (B, ...)``, of any output shape, samples not interacting.
+        x: (B, ...) points.
+
+    Attributes:
+        x: the points, (B, ...).
+        value: $f(x)$, (B, ...).
+
+    Source: Balda et al. (2018), section 3; chapter ``regression``.
+    """
+
+    def __init__(self, model: Model, x: Float[Tensor, "B ..."]) -> None:
+        with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
+            self.x = x.detach().clone().requires_grad_()
+            self._out = model(self.x)
+            self._w = torch.zeros_like(self._out).requires_grad_()
+            self._pulled = _products(self._out, self.x, self._w[None], create_graph=True)[0]
+        self.value = self._out.detach()
+        self._size = self.x[0].numel(), self._out[0].numel()
+
+    @classmethod
+    def of(cls, matrix: "Float[Tensor, 'B K d'] | Jacobian") -> "Jacobian":
+        """The operator of given matrices; an operator stays what it is."""
+        if isinstance(matrix, Jacobian):
+            return matrix
+        if matrix.ndim != 3:
+            raise ValueError(f"expected matrices (B, K, d), got shape {tuple(matrix.shape)}")
+        start = torch.zeros_like(matrix[:, 0])
+        return cls(lambda z: torch.einsum("bkd,bd->bk", matrix.detach().clone(), z), start)
+
+    def jvp(self, u: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        """$J u$, shaped like the output; ``u`` is shaped like the input, or flat."""
+        return _products(self._pulled, self._w, u.reshape(1, *self.x.shape))[0]
+
+    def vjp(self, w: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        r"""$J^\top w$, shaped like the input; ``w`` is shaped like the output, or flat."""
+        return _products(self._out, self.x, w.reshape(1, *self._out.shape))[0]
+
+    def gram(self, u: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        r"""$J^\top J u$, shaped like the input."""
+        return self.vjp(self.jvp(u))
+
+    @property
+    def chunk(self) -> int:
+        """How many columns or rows are computed at a time."""
+        return max(1, CHUNK // (len(self.x) * max(self._size)))
+
+    def columns(self, indices: Int[Tensor, " n"] | Int[Tensor, "B n"]) -> Float[Tensor, "B K n"]:
+        """The columns of some inputs, the same for all samples or others for each."""
+        indices = indices.expand(len(self.x), -1)
+        parts = [
+            self._units(self._pulled, self._w, part) for part in indices.split(self.chunk, dim=1)
+        ]
+        return torch.cat(parts).permute(1, 2, 0)
+
+    def rows(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "B n d"]:
+        """The rows of some outputs."""
+        indices = indices.expand(len(self.x), -1)
+        parts = [self._units(self._out, self.x, part) for part in indices.split(self.chunk, dim=1)]
+        return torch.cat(parts).transpose(0, 1)
+
+    def dense(self) -> Float[Tensor, "B K d"]:
+        """The whole matrix, by rows or by columns, whichever are fewer; for small problems."""
+        d, K = self._size
+        return self.rows(self._count(K)) if d > K else self.columns(self._count(d))
+
+    @cached_property
+    def column_squares(self) -> Float[Tensor, "B d"]:
+        r"""$\|J_i\|_2^2$ of each column, from min(d, K) products, summed without storing them."""
+        d, K = self._size
+        if d > K:
+            blocks = self._count(K).split(self.chunk)
+            return torch.stack([self.rows(block).square().sum(1) for block in blocks]).sum(0)
+        blocks = self._count(d).split(self.chunk)
+        return torch.cat([self.columns(block).square().sum(1) for block in blocks], dim=1)
+
+    def _count(self, n: int) -> Tensor:
+        return torch.arange(n, device=self.x.device)
+
+    def _units(self, outputs: Tensor, inputs: Tensor, indices: Int[Tensor, "B n"]) -> Tensor:
+        """Products (n, B, m) with the unit vectors of the ``indices``."""
+        units = outputs.new_zeros(indices.shape[1], len(indices), outputs[0].numel())
+        units.scatter_(2, indices.T[:, :, None], 1.0)
+        return _products(outputs, inputs, units.reshape(-1, *outputs.shape)).flatten(2)
+
+
+def _products(outputs: Tensor, inputs: Tensor, vectors: Tensor, **options: bool) -> Tensor:
+    """Vector-Jacobian products, each shaped like ``inputs``; ``vectors`` (n, ...) like outputs."""
+    if not outputs.requires_grad:  # no path leads back: the derivative is zero
+        return vectors.new_zeros(len(vectors), *inputs.shape)
+
+    def grad(v: Tensor, **more: bool) -> Tensor:
+        settings = {"retain_graph": True, "materialize_grads": True} | options | more
+        return torch.autograd.grad(outputs, inputs, v, **settings)[0]
+
+    if len(vectors) > 1:
+        try:
+            return grad(vectors, is_grads_batched=True)
+        except RuntimeError:  # a layer that cannot be batched
+            pass
+    return torch.stack([grad(v) for v in vectors])
+
+
+# ------------------------------------------------------- the quadratic problem in the l2 ball
+
+
+class Singular(NamedTuple):
+    r"""Leading right singular vector, singular value, and $\|J^\top Jv-\sigma^2v\|/\sigma^2$."""
+
+    vector: Tensor
+    value: Tensor
+    residual: Tensor
+
+
+def singular(
+    jacobian: Jacobian | Float[Tensor, "B K d"],
+    *,
+    steps: int = 200,
+    tol: float = 1e-3,
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Singular:
+    r"""Power iteration $v\leftarrow J^\top Jv/\|J^\top Jv\|$ from a random start.
+
+    The tangent of the angle to the leading singular vector shrinks by $(\sigma_2/\sigma_1)^2$ at
+    each step.
+
+    Args:
+        jacobian: operator, or matrices (B, K, d).
+        steps: products with $J^\top J$ at most.
+        tol: the iteration ends where no vector moves by more than this.
+        seed: of the start.
+        observe: called at each step, as by ``ascend``.
+
+    Returns:
+        ``vector`` (B, ...), of length 1, its sign arbitrary; ``value`` (B,), $\|Jv\|$; and the
+        ``residual`` (B,) of the eigenvalue equation.
+
+    Source: Balda et al. (2018), (14); chapter ``regression``.
+    """
+    J = Jacobian.of(jacobian)
+    start = torch.randn(J.x.shape, dtype=J.x.dtype, generator=generator(seed)).to(J.x.device)
+    unit = partial(steepest, kind="l2")
+    v = ascend(J, None, unit(start), unit, steps=steps, tol=tol, observe=observe)
+    image = J.jvp(v)
+    value = norm_of(image, "l2")
+    square = expand(torch.where(value > 0, value.square(), 1.0), v)
+    return Singular(v, value, norm_of(J.vjp(image) / square - v, "l2"))
+
+
+def ascend(
+    jacobian: Jacobian | Float[Tensor, "B K d"],
+    offset: Float[Tensor, "B ..."] | None,
+    start: Float[Tensor, "B ..."],
+    oracle: Callable[[Tensor], Tensor],
+    *,
+    steps: int = 200,
+    tol: float = 1e-3,
+    observe: Observe | None = None,
+) -> Float[Tensor, "B ..."]:
+    r"""Steps $\delta\leftarrow\arg\max_u\,u^\top J^\top(r+J\delta)$ until none moves by ``tol``.
+
+    The square $\|r+J\delta\|^2$ is convex, hence above its tangent, which the step maximizes: it
+    never falls, in any norm and box that the ``oracle`` knows. In the l2 ball, from a start with
+    the signs of $b=J^\top r$ along every singular vector, all $\delta$ have them, and the limit
+    solves $(\mu I-J^\top J)\delta=b$ with $\mu\ge\sigma_i^2$ for all $i$: the global maximum.
+
+    Args:
+        jacobian: operator, or matrices (B, K, d).
+        offset: (B, ...) $r$, shaped like the output; None for 0.
+        start: (B, ...) first $\delta$, shaped like the input.
+        oracle: the maximizer of $\langle g,u\rangle$ over the feasible $u$, for a batch of $g$:
+            ``geometry.linear_oracle``, or ``steepest`` for the unit ball.
+        steps: products with $J^\top J$ at most.
+        tol: the iteration ends where no $\delta$ moves by more than this share of its length.
+        observe: called at each step with ``delta`` and ``moved`` (B,), that share.
+
+    Returns:
+        (B, ...) the last $\delta$.
+
+    Source: Balda et al. (2018), E14; chapter ``regression``.
+    """
+    J, delta = Jacobian.of(jacobian), start
+    for step in range(steps):
+        image = J.jvp(delta) if offset is None else offset + J.jvp(delta)
+        ahead = oracle(J.vjp(image))
+        size = norm_of(ahead, "l2")
+        moved = norm_of(ahead - delta, "l2") / torch.where(size > 0, size, 1.0)
+        delta = ahead
+        if observe is not None:
+            observe(step, {"delta": delta, "moved": moved})
+        if settled(moved <= tol, step):
+            break
+    return delta
+
+
+def trust_region(
+    jacobian: Float[Tensor, "B K d"], b: Float[Tensor, "B d"], eps: float
+) -> Float[Tensor, "B d"]:
+    r"""Exact maximizer of $2b^\top\delta+\|J\delta\|_2^2$ over $\|\delta\|_2\le\varepsilon$.
+
+    $(\mu I-J^\top J)\delta=b$ with $\mu\ge\sigma_1^2$ and $\|\delta\|_2=\varepsilon$: by an
+    eigendecomposition of $J^\top J$ and a bisection for $\mu-\sigma_1^2$. In the hard case, $b$
+    orthogonal to the leading singular vector $v$ and too small, $\mu=\sigma_1^2$ and a multiple of
+    $v$ fills the ball.
+
+    Args:
+        jacobian: matrices (B, K, d), or an operator, which is written out.
+        b: (B, d), $J^\top(f(x)-y)$ for the regression problem.
+        eps: radius, >= 0.
+
+    Returns:
+        (B, d) of length ``eps``.
+
+    Source: Balda et al. (2018), (12), which has no solver there; chapter ``regression``.
+    """
+    check_number("eps", eps)
+    J = jacobian.dense() if isinstance(jacobian, Jacobian) else jacobian
+    values, vectors = torch.linalg.eigh(J.transpose(1, 2) @ J)
+    gap = values[:, -1:] - values
+    c = torch.einsum("bij,bi->bj", vectors, b)
+
+    def at(nu: Tensor) -> Tensor:
+        bottom = nu + gap
+        return torch.where(bottom > 0, c / bottom, 0.0)
+
+    low = c[:, -1:].abs() / max(eps, 1e-30)
+    high = norm_of(c, "l2")[:, None] / max(eps, 1e-30)
+    for _ in range(200 if c.dtype == torch.float64 else 100):
+        middle = (low + high) / 2
+        long = norm_of(at(middle), "l2")[:, None] > eps
+        low, high = torch.where(long, middle, low), torch.where(long, high, middle)
+    z = at(high)[:, :-1]
+    rest = (eps**2 - z.square().sum(1, keepdim=True)).clamp_min(0).sqrt()
+    z = torch.cat([z, torch.where(c[:, -1:] < 0, -rest, rest)], dim=1)
+    return torch.einsum("bij,bj->bi", vectors, z) * (eps > 0)
+
+
+# ------------------------------------------------------------------ the quadratic problem of signs
+
+
+def greedy_signs(
+    jacobian: Jacobian | Float[Tensor, "B K Z"], offset: Float[Tensor, "B ..."] | None = None
+) -> Float[Tensor, "B Z"]:
+    r"""Signs for a large $\|r+\sum_z\rho_zJ_z\|_2$, one after the other, large columns first.
+
+    $\rho_z=\operatorname{sign}\big((r+\sum_{j<z}\rho_jJ_j)^\top J_z\big)$ with
+    $\operatorname{sign}(0)=1$. Every step adds $\|J_z\|^2$ at least, so that without $r$ the value
+    is at least $\operatorname{tr}J^\top J$, the mean over random signs, and at least $1/Z$ of the
+    maximum.
+
+    Args:
+        jacobian: matrices (B, K, Z), or an operator, whose columns are computed in blocks.
+        offset: (B, ...) $r$, shaped like the output; 0 by default.
+
+    Returns:
+        (B, Z) of 1 and -1.
+
+    Source: Balda et al. (2018), (20), with an offset and the guarantee; chapter ``regression``.
+    """
+    J = Jacobian.of(jacobian)
+    order = J.column_squares.argsort(dim=1, descending=True, stable=True)
+    total = torch.zeros_like(J.value) if offset is None else offset
+    total, signs = total.flatten(1).clone(), torch.empty_like(order, dtype=J.value.dtype)
+    for part in order.split(J.chunk, dim=1):
+        for z, column in zip(part.unbind(1), J.columns(part).unbind(2), strict=True):
+            rho = torch.where((total * column).sum(1, keepdim=True) < 0, -1.0, 1.0)
+            total += rho * column
+            signs.scatter_(1, z[:, None], rho.to(signs.dtype))
+    return signs
+
+
+def flip_search(
+    jacobian: Jacobian | Float[Tensor, "B K Z"],
+    signs: Float[Tensor, "B Z"],
+    offset: Float[Tensor, "B ..."] | None = None,
+) -> Float[Tensor, "B Z"]:
+    r"""Flip one sign at a time, the one that gains most, while $\|r+J\rho\|_2$ grows.
+
+    Flipping $\rho_k$ changes the square by $4(\|J_k\|^2-\rho_kw_k)$, $w=J^\top(r+J\rho)$; a flip
+    costs one product with $J^\top J$.
+
+    Args:
+        jacobian: matrices (B, K, Z), or an operator.
+        signs: (B, Z) where to start.
+        offset: (B, ...) $r$, shaped like the output; 0 by default.
+
+    Returns:
+        (B, Z) signs that no single flip improves, or what 4 Z flips led to.
+
+    Source: chapter ``regression``.
+    """
+    J = Jacobian.of(jacobian)
+    squares, image = J.column_squares, J.jvp(signs)
+    slope = J.vjp(image if offset is None else image + offset).flatten(1)
+    rounding = 100 * torch.finfo(slope.dtype).eps * slope.abs().amax(dim=1, keepdim=True)
+    for step in range(4 * signs.shape[1]):
+        gain, k = (squares - signs * slope).max(dim=1, keepdim=True)
+        better = gain > rounding
+        if settled(~better[:, 0], step):
+            break
+        turn = torch.where(better, -2 * signs.gather(1, k), 0.0)
+        flip = torch.zeros_like(signs).scatter(1, k, turn)
+        signs, slope = signs + flip, slope + J.gram(flip).flatten(1)
+    return signs
+
+
+def best_signs(
+    columns: Float[Tensor, "B K Z"], offset: Float[Tensor, "B K"] | None = None
+) -> Float[Tensor, "B Z"]:
+    r"""The signs with the largest $\|r+J\rho\|_2$, by trying all $2^Z$ of them.
+
+    Args:
+        columns: (B, K, Z) matrices, Z <= 20.
+        offset: (B, K) $r$; 0 by default, and then the first sign is 1.
+
+    Returns:
+        (B, Z) of 1 and -1, the first among equals.
+
+    Raises:
+        ValueError: more than 20 columns.
+
+    Source: Balda et al. (2018), (19); chapter ``regression``.
+    """
+    Z = columns.shape[2]
+    if Z > 20:
+        raise ValueError(f"best_signs() tries all sign vectors of at most 20 columns, not {Z}")
+    gram = columns.transpose(1, 2) @ columns
+    b = None if offset is None else torch.einsum("bkz,bk->bz", columns, offset)
+    bits = torch.arange(Z, device=columns.device)
+    best = Best(torch.ones_like(columns[:, 0]))
+    for numbers in torch.arange(2 ** (Z - (b is None)), device=columns.device).split(2**12):
+        signs = 1 - 2 * ((numbers[:, None] >> bits.flip(0)) & 1).to(columns.dtype)
+        value = torch.einsum("pz,bzy,py->bp", signs, gram, signs)
+        if b is not None:
+            value = value + 2 * b @ signs.T
+        top, index = value.max(dim=1)
+        best.update(signs[index], -top)
+    return best.x_adv
+
+
+def sign_bound(gram: Float[Tensor, "B Z Z"], *, steps: int = 500) -> Float[Tensor, " B"]:
+    r"""An upper bound of $\max_{\rho\in\{\pm1\}^Z}\rho^\top G\rho$, close to the semidefinite one.
+
+    The relaxation $\max\operatorname{tr}GX$, $X\succeq0$, $X_{ii}=1$ is climbed with $X=VV^\top$,
+    $V\leftarrow$ the rows of $GV$ at length 1. Its $\lambda_i=(GV)_i\cdot V_i$, raised until
+    $\operatorname{diag}\lambda-G\succeq0$, are feasible for the dual whatever $V$: the bound holds
+    after any number of steps.
+
+    Args:
+        gram: (B, Z, Z) positive semidefinite matrices, best in float64.
+        steps: of the climb.
+
+    Returns:
+        (B,) bounds; the maximum is at least $2/\pi$ of the semidefinite one.
+
+    Source: Nesterov (1998) for the factor; chapter ``regression``.
+    """
+    Z = gram.shape[-1]
+    rank = math.isqrt(2 * Z) + 2
+    shape = (len(gram), Z, rank)
+    V = torch.randn(shape, dtype=gram.dtype, generator=generator(0)).to(gram.device)
+    for _ in range(steps):
+        V = torch.nn.functional.normalize(gram @ V, dim=2)
+    lam = (gram @ V * V).sum(2)
+    lowest = torch.linalg.eigvalsh(torch.diag_embed(lam) - gram)[:, 0]
+    return lam.sum(1) + Z * (-lowest).clamp_min(0)
