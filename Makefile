@@ -1,7 +1,7 @@
 # The commands of the book. Each sets up what it needs in .venv, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint types unit nbval site notebooks lab mutants bench clean
+.PHONY: help book test lint types unit nbval site notebooks lab mutants bench reproduce clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 PINS := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 BOOK := $(VENV)/.book-$(PINS)
 TEST := $(VENV)/.test-$(PINS)
+RUNS := $(VENV)/.reproduce-$(PINS)
 
 help:
 	@echo "make book       set up, execute every chapter, build the site"
@@ -18,6 +19,7 @@ help:
 	@echo "make notebooks  execute every chapter and store its outputs (ONLY=name for one)"
 	@echo "make mutants    break the code on purpose: do the chapters' claims notice?"
 	@echo "make bench      measure speed"
+	@echo "make reproduce  compute the papers' tables and figures (TABLE=convex-3 for one, DRY=1 to look)"
 	@echo "make clean      remove what was built (make distclean: the environment too)"
 
 $(VENV)/bin/python:
@@ -33,6 +35,11 @@ $(TEST): | $(VENV)/bin/python
 	@echo "Installing the book's and the tests' packages into $(VENV) (some GB with PyTorch; once) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
 	@touch $@ $(BOOK)
+
+$(RUNS): | $(VENV)/bin/python
+	@echo "Installing the workflow's packages into $(VENV) (some GB with PyTorch; once) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reproduce]'
+	@touch $@
 
 book: $(BOOK)
 	$(BIN)/python tools/book.py build
@@ -71,6 +78,11 @@ mutants: $(TEST)
 
 bench: $(TEST)
 	$(BIN)/python -m benchmarks
+
+# See reproduce/README.md; FIGURE is another word for TABLE.
+reproduce: $(RUNS)
+	$(BIN)/python -m reproduce $(TABLE) $(FIGURE) $(if $(DRY),--dry) $(if $(ONLY),--only=$(ONLY)) \
+	    $(if $(PROFILE),--profile=$(PROFILE)) $(if $(CORES),--cores=$(CORES))
 
 clean:
 	rm -rf _build book/ledger.md .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,6 +1,5 @@
 """The workflow as a user runs it, on digits: what runs, what doesn't, and after a kill."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,50 +13,14 @@ from reproduce.plan import ROOT
 pytest.importorskip("snakemake")
 
 
-def values(plan):
-    return {path.relative_to(plan.results): read(path)["values"] for path in records(plan)}
-
-
 def records(plan):
     return sorted(plan.results.glob("convex/*/*/*/*/*.json"))
 
 
-def test_a_table_from_nothing_and_then_only_what_changed(bench):
-    plan = bench.plan()
-    told = bench.run("convex-3")
-    assert "no data for nin of convex: cifar10 or cifar10-subset" in told
-    assert "6 trainings and attacks to run" in told
-    table = read(plan.output(plan.items["convex-3"]))
-    assert [row["seeds"] for row in table["rows"]] == [{"test-error": 2, "rho1": 2}, {}]
-    assert "missing: nin, rho1: no data" in told
-    assert not list(plan.work.glob("**/*.pt"))
-    before = {path: path.stat().st_mtime_ns for path in records(plan)}
-    assert len(before) == 6
-
-    # One measured again, from weights that are there; the others stay.
-    bench.content["attacks"]["deepfool"]["overshoot"] = 0.5
-    bench.write()
-    told = bench.run("convex-3", "--dry")
-    assert told.count("(attack.overshoot changed)") == 2
-    assert "2 trainings and attacks to run" in told
-    assert {path: path.stat().st_mtime_ns for path in records(plan)} == before
-    bench.run("convex-3")
-    changed = {path.stem for path in records(plan) if path.stat().st_mtime_ns != before[path]}
-    assert changed == {"deepfool"}
-    after = read(plan.output(plan.items["convex-3"]))
-    assert after["rows"][0]["values"]["test-error"] == table["rows"][0]["values"]["test-error"]
-    assert after["rows"][0]["values"]["rho1"] > table["rows"][0]["values"]["rho1"]
-
-
-def test_a_killed_run_leaves_whole_files_and_goes_on(bench):
-    bench.content["networks"]["fcnn"]["seeds"] = 1
-    bench.content["networks"]["fcnn"]["training"] |= {"epochs": 400}
-    bench.write()
-    plan = bench.plan()
-    network = plan.runs(plan.items["convex-figure-3a"].cells["PGD",])[0].network
-    folder = plan.weights(network).parent
+def kill_in_training(bench, folder):
+    """Start a run and end it, with all its processes, once a training has saved something."""
     process = subprocess.Popen(
-        bench.command("convex-figure-3a"),
+        bench.command("convex-3"),
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
@@ -69,15 +32,45 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(bench):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert list(folder.glob("checkpoint-*.pt"))
+
+
+def test_a_table_from_nothing_in_spite_of_a_kill_and_then_only_what_changed(bench):
+    bench.content["networks"]["fcnn"]["seeds"] = 1
+    bench.content["networks"]["fcnn"]["training"]["epochs"] = 400
+    bench.write()
+    plan = bench.plan()
+    item = plan.items["convex-3"]
+    (run,) = plan.wanted(item.cells["fcnn", "rho1"])
+    weights = plan.weights(run.network)
+    kill_in_training(bench, weights.parent)
+    assert list(weights.parent.glob("checkpoint-*.pt"))
+    assert not weights.exists()
     assert not records(plan)
-    assert not plan.weights(network).is_file()
-    told = bench.run("convex-figure-3a")
-    assert read(plan.record(network))["values"]["epochs"] == 400
-    assert "convex, figure 3a: 2 curves" in told
-    figure = plan.output(plan.items["convex-figure-3a"])
-    assert json.loads(figure.read_text())["missing"] == []
-    assert (plan.work / "figures" / "convex-figure-3a.png").read_bytes()[:4] == b"\x89PNG"
+
+    told = bench.run("convex-3")
+    assert "no data for nin of convex: cifar10 or cifar10-subset" in told
+    assert "3 trainings and attacks to run: about 5 s" in told
+    assert "missing: nin, rho1: no data" in told
+    assert read(plan.record(run.network))["values"]["epochs"] == 400
+    table = read(plan.output(item))
+    assert [row["seeds"] for row in table["rows"]] == [{"test-error": 1, "rho1": 1}, {}]
+    assert [path.stem for path in records(plan)] == ["clean", "deepfool", "train"]
+    assert not list(plan.work.glob("**/*.pt"))
+    before = {path: path.stat().st_mtime_ns for path in [*records(plan), weights]}
+
+    # Only what changed runs again, from weights that are there.
+    bench.content["attacks"]["deepfool"]["overshoot"] = 0.5
+    bench.write()
+    told = bench.run("convex-3", "--dry")
+    assert "deepfool  (attack.overshoot changed)" in told
+    assert "1 trainings and attacks to run" in told
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    bench.run("convex-3")
+    changed = [path.stem for path in before if path.stat().st_mtime_ns != before[path]]
+    assert changed == ["deepfool"]
+    (old, _), (new, _) = table["rows"], read(plan.output(item))["rows"]
+    assert new["values"]["test-error"] == old["values"]["test-error"]
+    assert new["values"]["rho1"] > old["values"]["rho1"]
 
 
 def test_unknown_tables_are_refused(bench):
