@@ -159,13 +159,17 @@ def test_docstrings_say_what_each_parameter_is(module, node):
 
 
 def attacks():
-    """Public functions of the families that take a model, inputs and what to aim at."""
+    """Public functions of the families that take a model, inputs and what to aim at.
+
+    A function of the inputs alone is noise, not an attack.
+    """
     for info in pkgutil.iter_modules(adv.attacks.__path__):
         module = importlib.import_module(f"adv.attacks.{info.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if name.startswith("_") or function.__module__ != module.__name__:
                 continue
-            if {"bounds", "seed"} <= set(inspect.signature(function).parameters):
+            given = list(inspect.signature(function).parameters)
+            if {"bounds", "seed"} <= set(given) and given[0] != "x":
                 yield pytest.param(function, id=f"{info.name}.{name}")
 
 
@@ -227,6 +231,16 @@ def scene():
     return model, x, y
 
 
+def regression(attack):
+    """Whether the targets are outputs, which have a default, and not labels."""
+    return inspect.signature(attack).parameters["y"].default is None
+
+
+def aim(attack, y):
+    """The labels, or for regression what the scene's network would return for them."""
+    return nn.functional.one_hot(y, 3).float() if regression(attack) else y
+
+
 def settings_for(attack):
     given = inspect.signature(attack).parameters
     small = {"steps": 3, "queries": 20}
@@ -244,7 +258,7 @@ def state(model, x):
 @pytest.mark.parametrize("attack", PLAIN)
 @pytest.mark.filterwarnings("ignore")
 def test_attacks_leave_everything_as_it_was(attack, scene):
-    model, x, y = scene
+    model, x, y = scene[0], scene[1], aim(attack, scene[2])
     before = state(model, x)
     x_adv = attack(model, x, y, **settings_for(attack))
     assert state(model, x) == before
@@ -258,7 +272,7 @@ def test_attacks_leave_everything_as_it_was(attack, scene):
 @pytest.mark.parametrize("attack", PLAIN)
 @pytest.mark.filterwarnings("ignore")
 def test_attacks_repeat_themselves_also_without_gradients(attack, scene):
-    model, x, y = scene
+    model, x, y = scene[0], scene[1], aim(attack, scene[2])
     first = attack(model, x, y, **settings_for(attack))
     torch.rand(3)  # the global state plays no part
     with torch.no_grad():
@@ -268,7 +282,7 @@ def test_attacks_repeat_themselves_also_without_gradients(attack, scene):
 @pytest.mark.parametrize("attack", PLAIN)
 @pytest.mark.filterwarnings("ignore")
 def test_radius_is_kept_and_observe_is_called(attack, scene):
-    model, x, y = scene
+    model, x, y = scene[0], scene[1], aim(attack, scene[2])
     seen = []
     x_adv = attack(
         model, x, y, observe=lambda step, state: seen.append(state), **settings_for(attack)
@@ -291,14 +305,14 @@ def test_radius_is_kept_and_observe_is_called(attack, scene):
         (lambda x, y: (x * math.nan, y), ValueError),
         (lambda x, y: ((10 * x).long(), y), TypeError),
         (lambda x, y: (x, y[:2]), ValueError),
-        (lambda x, y: (x, y + 3), ValueError),
-        (lambda x, y: (x, y.float()), (TypeError, ValueError)),
+        (lambda x, y: (x, y + (math.nan if y.is_floating_point() else 3)), ValueError),
+        (lambda x, y: (x, y.long() if y.is_floating_point() else y.float()), TypeError),
         (lambda x, y: (x.numpy(), y), TypeError),
     ],
-    ids=["bounds", "nan", "integers", "count", "label", "label type", "numpy"],
+    ids=["bounds", "nan", "integers", "count", "target", "target type", "numpy"],
 )
 def test_bad_input_is_refused(attack, scene, change, error):
-    model, x, y = scene
+    model, x, y = scene[0], scene[1], aim(attack, scene[2])
     with pytest.raises(error):
         attack(model, *change(x, y), **settings_for(attack))
 
@@ -316,6 +330,6 @@ WRONG = [{"norm": "l9"}, {"norm": 0.5}, {"eps": -0.1}, {"steps": 0}, {"seed": -1
     ],
 )
 def test_bad_settings_are_refused(attack, wrong, scene):
-    model, x, y = scene
+    model, x, y = scene[0], scene[1], aim(attack, scene[2])
     with pytest.raises(ValueError, match=next(iter(wrong))):
         attack(model, x, y, **settings_for(attack) | wrong)

@@ -75,7 +75,8 @@ def quadratic(
 
     - l2: $\delta\leftarrow\varepsilon v_2\big(J^\top(r+J\delta)\big)$, which for $r=0$ is power
       iteration, started at $b/\|b\|\pm v$, $b=J^\top r$ and $v$ the leading singular vector.
-      Converges to the maximum, but for the box.
+      Converges to the maximum, but for the box. $\pm\varepsilon v$ are tried as well: far from
+      $x$, where the linear model fails, either may have the larger error.
     - l1: the best single value, from the norms of the columns and $b$.
     - linf: a vertex of the box: by greedy signs (``"greedy"``); by ``"search"``, the better of
       greedy and $\operatorname{sign}v$, each improved by single flips; or by ``"iterate"``,
@@ -149,7 +150,7 @@ def quadratic(
         else:
             v = singular(J, steps=steps, tol=tol, seed=seed).vector
             b = steepest(J.vjp(offset), "l2")
-            own = (climb(direction) for direction in (b + v, b - v))
+            own = itertools.chain(map(oracle, (v, -v)), map(climb, (b + v, b - v)))
         random = (_random_like(x, seed, k) for k in range(1, restarts))
         for s in itertools.chain(own, map(climb, random)):
             x_adv = frame.point(s)
