@@ -121,21 +121,23 @@ def fooling(sample: Sample) -> dict[str, Value]:
 
 
 def noise_ratio(sample: Sample) -> dict[str, Value]:
-    """Mean PSNR in dB of input and output at each radius, both against the clean image.
+    """Mean PSNR in dB of inputs and outputs at each radius, and of the clean outputs.
 
-    Also against the clean output, and the clean output's own PSNR.
+    Inputs are compared with the clean ones; outputs with what they should be: the images, or, where
+    the attack had no ``target`` but the clean outputs, with those.
 
     Source: Balda et al. (2018), section 6.2; chapter ``regression``.
     """
     x = sample.x[sample.attacked]
-    output = _outputs(sample.model, x)
-    values: dict[str, Value] = {"clean": float(psnr(output, x).mean())}
-    values["eps"] = list(sample.eps or [])
-    values["input"] = [float(psnr(points, x).mean()) for points in sample.points]
-    perturbed = [_outputs(sample.model, points) for points in sample.points]
-    values["output"] = [float(psnr(out, x).mean()) for out in perturbed]
-    values["against-output"] = [float(psnr(out, output).mean()) for out in perturbed]
-    return values
+    clean = _outputs(sample.model, x)
+    wanted = x if sample.settings["target"] == "input" else clean
+    outputs = (_outputs(sample.model, points) for points in sample.points)
+    return {
+        "eps": list(sample.eps or []),
+        "clean": float(psnr(clean, wanted).mean()),
+        "input": [float(psnr(points, x).mean()) for points in sample.points],
+        "output": [float(psnr(output, wanted).mean()) for output in outputs],
+    }
 
 
 @torch.no_grad()

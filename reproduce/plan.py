@@ -319,7 +319,8 @@ class Plan:
             settings = self.attack(subject)
             names = [f"reproduce.measures.{name}" for name in settings["measures"]]
             names += [f"adv.attacks.{settings['call']}"] if "call" in settings else []
-            return [*names, "reproduce.steps.perturbed"]
+            own = ("chosen", "radii", "perturbed")
+            return names + [f"reproduce.steps.{name}" for name in own]
         recipe = self.recipe(subject)
         names = [f"adv.lab.models._MODELS[{recipe['model']['name']}]"]
         names += [f"adv.{recipe['loss']['name']}"] if recipe["loss"] else []

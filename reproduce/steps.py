@@ -28,7 +28,7 @@ from reproduce.files import digest, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
 from reproduce.plan import ROOT, Network, Plan, Run
 
-__all__ = ["attack", "main", "measure", "perturbed", "train"]
+__all__ = ["attack", "chosen", "main", "measure", "perturbed", "radii", "train"]
 
 Settings = Mapping[str, Any]
 
@@ -75,25 +75,50 @@ def attack(plan: Plan, run: Run) -> None:
     """Perturb test images of the run's data set and write the points."""
     settings, place = plan.attack(run), device()
     model, source = _network(plan, run.network), data.load(run.network.dataset)
-    some = source.test if settings["images"] is None else source.test.take(settings["images"])
-    some = _inputs(some, plan.recipe(run.network)).to(place)
+    some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
     attacked = torch.ones(len(some), dtype=torch.bool, device=place)
     if settings.get("target", "labels") == "labels":
         attacked = success(model, some.x, some.y, targeted=True)
     x, y = some.x[attacked], some.y[attacked]
-    grid = settings.get("eps")
-    radii = None if grid is None else _radii(grid, x, settings.get("norm", "linf"))
-    seed = run.network.seed
-    points = [perturbed(model, x, y, eps, settings, seed) for eps in (radii or (None,))]
+    grid, seed = radii(settings, x), run.network.seed
+    points = [perturbed(model, x, y, eps, settings, seed) for eps in (grid or (None,))]
     content = {
         "attacked": attacked.cpu(),
         "points": [p.cpu() for p in points],
-        "eps": radii,
+        "eps": grid,
         "seconds": time.perf_counter() - start,
     }
     with replacing(plan.points(run)) as path:
         torch.save(content, path)
+
+
+def chosen(test: data.Split, settings: Settings, recipe: Settings) -> data.Split:
+    """The test images that are considered, as the network takes them.
+
+    Args:
+        test: all of them.
+        settings: of the attack: ``images``, how many, evenly spaced; None for all.
+        recipe: of the network: with ``input: luminance`` it takes that of color images.
+    """
+    count = min(settings["images"] or len(test), len(test))
+    some = test[torch.arange(count) * len(test) // count]
+    if recipe.get("input") == "luminance":
+        return data.Split(models.split_color(some.x)[0], some.y)
+    return some
+
+
+def radii(settings: Settings, x: Tensor) -> list[float] | None:
+    r"""An attack's radii; None for a minimal-norm attack.
+
+    ``eps: {psnr: [...]}`` means the radii at which perturbations that fill the ball have these
+    PSNRs in dB: under linf $10^{-\mathrm{PSNR}/20}$, under l2 $\sqrt d$ times that.
+    """
+    grid = settings.get("eps")
+    if not isinstance(grid, Mapping):
+        return None if grid is None else [float(eps) for eps in grid]
+    size = math.sqrt(x[0].numel()) if settings["norm"] == "l2" else 1.0
+    return [size * 10 ** (-level / 20) for level in grid["psnr"]]
 
 
 def perturbed(
@@ -139,8 +164,7 @@ def measure(plan: Plan, run: Run) -> None:
     settings, place = plan.attack(run), device()
     model, source = _network(plan, run.network), data.load(run.network.dataset)
     content = torch.load(plan.points(run), map_location=place, weights_only=True)
-    some = source.test[: len(content["attacked"])]
-    some = _inputs(some, plan.recipe(run.network)).to(place)
+    some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
     sample = Sample(
         model, some.x, some.y, content["attacked"], content["points"], content["eps"], settings
@@ -221,21 +245,6 @@ def _commit(files: list[Path]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------- helpers
-
-
-def _inputs(part: data.Split, recipe: Settings) -> data.Split:
-    """What the network is given: the images, or their luminance."""
-    if recipe.get("input") == "luminance":
-        return data.Split(models.split_color(part.x)[0], part.y)
-    return part
-
-
-def _radii(grid: Any, x: Tensor, norm: str) -> list[float]:
-    """Radii as they are, or those whose perturbations have given PSNR in dB, ``{psnr: [...]}``."""
-    if not isinstance(grid, Mapping):
-        return [float(eps) for eps in grid]
-    size = math.sqrt(x[0].numel()) if norm == "l2" else 1.0
-    return [size * 10 ** (-level / 20) for level in grid["psnr"]]
 
 
 def _loss(recipe: Settings) -> Callable[..., Tensor]:

@@ -150,10 +150,10 @@ def _finite(value: float | None) -> float:
 def _scale(record: Content) -> str:
     """What a reader must know of a record's scale."""
     of, images = record["of"], record["images"]
-    part = "all" if images == of else "the first"
+    part = "all" if images == of else f"{images:,} of"
     whole = "" if record["complete"] else ", not the whole data set"
     epochs = record["settings"]["training"]["training"]["epochs"]
-    return f"{record['dataset']}{whole}: {part} {images:,} test images, trained for {epochs} epochs"
+    return f"{record['dataset']}{whole}: {part} {of:,} test images, trained for {epochs} epochs"
 
 
 def _clean(plan: Plan, cell: Cell | None) -> Content | None:

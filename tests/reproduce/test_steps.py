@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from adv.attacks.boundary import deepfool
 from adv.attacks.gradient import pgd
 from adv.lab import data, models
 from adv.lab.claims import compare
+from adv.lab.evaluation import psnr
 from reproduce import steps, summary
 from reproduce.files import dumps, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
@@ -71,7 +73,8 @@ def test_fooling_ratio_is_that_of_the_attack_called_directly(bench, network):
     everywhere = (model(test.x).argmax(1) != test.y).double().mean()
     clean = read(plan.record(Run(network, "clean")))
     assert clean["values"]["error"] == pytest.approx(float(everywhere), abs=1e-12)
-    x, y = test.x[:60], test.y[:60]
+    some = [400 * i // 60 for i in range(60)]
+    x, y = test.x[some], test.y[some]
     correct = model(x).argmax(1) == y
     x, y = x[correct], y[correct]
     ratios = [
@@ -124,19 +127,91 @@ def test_eps99_is_infinite_where_the_attack_fails_too_often():
         assert values["found"] == pytest.approx(1 - failing / 100)
 
 
+def test_psnr_of_an_autoencoder_that_halves_its_input():
+    model = torch.nn.Identity().eval()
+    model.forward = lambda x: x / 2
+    x = torch.full((4, 1, 2, 2), 0.5)
+    points, everyone = [x + 0.1, x - 0.01], torch.ones(4, dtype=torch.bool)
+    sample = Sample(model, x, everyone.long(), everyone, points, [0.1, 0.01], {"target": "input"})
+    values = MEASURES["noise_ratio"](sample)
+    assert values["input"] == pytest.approx([20, 40], abs=1e-4)
+    assert values["clean"] == pytest.approx(-20 * math.log10(0.25))
+    outputs = [-20 * math.log10(0.2), -20 * math.log10(0.255)]
+    assert values["output"] == pytest.approx(outputs, abs=1e-4)
+    values = MEASURES["noise_ratio"](replace(sample, settings={"target": "output"}))
+    assert values["clean"] == math.inf
+    assert values["output"] == pytest.approx(
+        [-20 * math.log10(0.05), -20 * math.log10(0.005)], abs=1e-4
+    )
+
+
+def test_radii_of_a_psnr_fill_the_ball():
+    x = torch.rand(3, 1, 4, 5)
+    for norm in ("linf", "l2"):
+        (eps,) = steps.radii({"eps": {"psnr": [15]}, "norm": norm}, x)
+        delta = torch.ones_like(x) * (eps if norm == "linf" else eps / math.sqrt(20))
+        assert psnr(x + delta, x).tolist() == pytest.approx([15] * 3, abs=1e-4)
+    assert steps.radii({"eps": [0.1, 1]}, x) == [0.1, 1.0]
+    assert steps.radii({}, x) is None
+
+
+def test_regression_attacks_get_what_they_take(monkeypatch):
+    seen = []
+
+    def linear(model, x, y=None, *, eps, norm="linf", steps=1, bounds=(0, 1), seed=0):
+        seen.append((y, eps, norm, steps, seed))
+        return x
+
+    def noise(x, *, eps, norm="l2", count=1):
+        seen.append((norm, count))
+        return x
+
+    monkeypatch.setattr("adv.attacks.gradient.pgd", linear)
+    monkeypatch.setattr("adv.attacks.gradient.fgsm", noise)
+    model, x, y = (
+        torch.nn.Identity().eval(),
+        torch.rand(3, 1, 2, 2),
+        torch.zeros(3, dtype=torch.int64),
+    )
+    settings = {
+        "call": "gradient.pgd",
+        "norm": "l2",
+        "steps": 4,
+        "measures": ["error"],
+        "eps": [0.1],
+    }
+    for target, expected in (("labels", y), ("input", x), ("output", None)):
+        steps.perturbed(model, x, y, 0.1, settings | {"target": target}, 5)
+        given, *rest = seen.pop()
+        assert rest == [0.1, "l2", 4, 5]
+        assert given is None if expected is None else bool((given == expected).all())
+    pixels = {"call": "gradient.fgsm", "norm": "pixels", "ball": "linf", "count": "eps"}
+    steps.perturbed(model, x, y, 0.1, pixels, 0)
+    assert seen == [("pixels", 0.1)]
+
+
+def test_a_network_of_luminance_is_given_it(bench):
+    part = data.load("patches").test
+    some = steps.chosen(part, {"images": 8}, {"input": "luminance"})
+    assert some.x.shape == (8, 1, 16, 16)
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    assert torch.allclose(some.x[1, 0], (part.x[50] * weights).sum(0), atol=1e-6)
+    assert len(steps.chosen(part, {"images": None}, {})) == len(part)
+
+
 def test_a_training_goes_on_where_it_was_killed(bench, network, monkeypatch):
     whole = bench.plan()
     steps.train(whole, network)
     expected = whole.weights(network).read_bytes()
     whole.weights(network).unlink()
     whole.record(network).unlink()
-    replace, saved = Path.replace, []
+    rename, saved = Path.replace, []
 
     def dying(path, target):
         if saved:
             raise KeyboardInterrupt
         saved.append(target)
-        return replace(path, target)
+        return rename(path, target)
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.replace", dying)
@@ -200,7 +275,7 @@ def test_table_and_figure_are_means_over_seeds_and_tell_what_is_missing(bench):
         .startswith(f"{fcnn['values']['test-error']:.1f}")
     )
     shown = summary.show(content)
-    assert "digits: the first 60 test images" in shown
+    assert "digits: 60 of 400 test images" in shown
     assert "missing: nin, rho1: no data" in shown
     content = summary.figure(plan, drawing)
     runs = plan.runs(drawing.cells["DeepFool",])
