@@ -1,0 +1,467 @@
+import copy
+import itertools
+import math
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from helpers import EXPONENTS, WIDE, affine, inputs, lengths
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from adv.attacks import pdpgd as module
+from adv.attacks.boundary import deepfool
+from adv.attacks.common import GradientMaskingWarning, is_adversarial
+from adv.attacks.pdpgd import RECOMMENDED, THESIS, Regularizer, Settings, crossing, pdpgd
+from adv.geometry import dual_norm, prox, room
+from adv.lab.evaluation import counting
+
+NORMS = ["linf", "l2", "l1"]
+COUNTS = ["l0", "group_l0", "l1/2", "l2/3"]
+
+
+def watched(attack, *args, **options):
+    seen = []
+    result = attack(*args, observe=lambda step, state: seen.append((step, state)), **options)
+    return result, seen
+
+
+def conjugate(norm):
+    p = EXPONENTS[norm]
+    return 1.0 if math.isinf(p) else math.inf if p == 1 else 2.0
+
+
+# ---------------------------------------------------------------------------- a linear boundary
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(NORMS), st.floats(0.02, 0.95))
+def test_crossing_equals_a_convex_solver(seed, norm, share):
+    rng = np.random.default_rng(seed)
+    g, x = rng.normal(size=9), rng.uniform(size=9)
+    g[rng.integers(9)] = 0.0
+    box = room(torch.tensor(x)[None])
+    reach = float(np.maximum(-g * (0 - x), -g * (1 - x)).sum())
+    gap = share * reach
+    z = cp.Variable(9)
+    size = cp.norm(z, "inf" if norm == "linf" else int(EXPONENTS[norm]))
+    limits = [z >= -x, z <= 1 - x, g @ z <= -gap]
+    best = cp.Problem(cp.Minimize(size), limits).solve(cp.CLARABEL)
+    delta = crossing(
+        torch.tensor(g)[None], torch.tensor([gap], dtype=torch.float64), norm, box=box
+    )[0].numpy()
+    assert g @ delta == pytest.approx(-gap, abs=1e-9)
+    assert (delta >= -x - 1e-12).all()
+    assert (delta <= 1 - x + 1e-12).all()
+    assert np.linalg.norm(delta, EXPONENTS[norm]) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["l0", "group_l0"])
+def test_crossing_takes_the_fewest_values_or_pixels(kind):
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        g, x = rng.normal(size=(2, 2, 3)), rng.uniform(size=(2, 2, 3))
+        gains = np.maximum(g * x, -g * (1 - x))
+        groups = gains.sum(axis=0).ravel() if kind == "group_l0" else gains.ravel()
+        gap = rng.uniform(0.1, 0.9) * groups.sum()
+        fewest = next(
+            n
+            for n in range(1, len(groups) + 1)
+            if any(sum(c) >= gap for c in itertools.combinations(groups, n))
+        )
+        x_, g_ = torch.tensor(x)[None], torch.tensor(g)[None]
+        delta = crossing(g_, torch.tensor([gap], dtype=torch.float64), kind, box=room(x_))[0]
+        changed = delta.ne(0).any(dim=0) if kind == "group_l0" else delta.ne(0)
+        assert int(changed.sum()) == fewest
+        assert float((g_[0] * delta).sum()) <= -gap + 1e-9
+
+
+def test_crossing_out_of_reach_is_the_best_corner_and_nothing_moves_on_the_far_side():
+    g, x = torch.tensor([[1.0, -2.0, 0.0]] * 2), torch.full((2, 3), 0.25)
+    for kind in [*NORMS, "l0"]:
+        delta = crossing(g, torch.tensor([99.0, -1.0]), kind, box=room(x))
+        assert torch.allclose(delta[0], torch.tensor([-0.25, 0.75, 0.0]))
+        assert not delta[1].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_the_fast_linf_prox_equals_the_exact_one(seed, weighted):
+    g = torch.Generator().manual_seed(seed)
+    u = torch.randn(5, 30, dtype=torch.float64, generator=g)
+    metric = (0.1 + torch.rand(u.shape, dtype=u.dtype, generator=g)) if weighted else None
+    lam = 20 * torch.rand(5, dtype=u.dtype, generator=g)
+    exact = prox(u, lam, "linf", metric=metric)
+    close = u
+    for _ in range(4):  # from a level elsewhere, as in the attack, which comes back to it
+        close = module._prox_linf(u, lam, None, metric, close.abs().amax(dim=1))
+    assert torch.allclose(close, exact, atol=1e-9)
+
+
+# ------------------------------------------------------------------ affine models: known optima
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("norm", NORMS)
+def test_without_a_box_it_reaches_the_closed_form(norm, classes):
+    model, x = affine(classes, 12), inputs(20, 12)
+    y = model(x).argmax(1)
+    w = (model.weight[None] - model.weight[y][:, None]).numpy()
+    gap = (model(x).gather(1, y[:, None]) - model(x)).numpy()
+    with np.errstate(invalid="ignore"):
+        distance = np.nanmin(gap / np.linalg.norm(w, conjugate(norm), axis=2), axis=1)
+    x_adv = pdpgd(model, x, y, norm=norm, steps=60, bounds=WIDE)
+    assert bool(is_adversarial(model(x_adv), y).all())
+    found = lengths(x_adv - x, norm)
+    assert (found >= distance * (1 - 1e-9)).all()
+    assert np.allclose(found, distance, rtol=1e-4)
+
+
+def in_the_box(model, x, y, size, targeted=False):
+    """The optimum of each sample by a convex solver, class by class."""
+    best = np.full(len(x), math.inf)
+    weight, bias = model.weight.numpy(), model.bias.numpy()
+    for i, label in enumerate(y.tolist()):
+        others = [j for j in range(len(bias)) if j != label]
+        for group in [others] if targeted else [[j] for j in others]:
+            z = cp.Variable(x.shape[1])
+            sign = -1 if targeted else 1
+            over = [
+                sign * ((weight[j] - weight[label]) @ z + bias[j] - bias[label]) >= 0 for j in group
+            ]
+            problem = cp.Problem(cp.Minimize(size(z - x[i].numpy())), [z >= 0, z <= 1, *over])
+            best[i] = min(best[i], problem.solve(cp.CLARABEL))
+    return best
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("targeted", [False, True])
+def test_in_the_box_it_reaches_the_solver_s_optimum(norm, targeted):
+    model, x = affine(4, 16), inputs(6, 16)
+    y = model(x).argmax(1)
+    label = (y + 1) % 4 if targeted else y
+    order = "inf" if norm == "linf" else int(EXPONENTS[norm])
+    best = in_the_box(model, x, label, lambda d: cp.norm(d, order), targeted)
+    x_adv = pdpgd(model, x, label, norm=norm, steps=300, targeted=targeted)
+    assert bool(is_adversarial(model(x_adv), label, targeted).all())
+    assert bool(((x_adv == 0) | (x_adv == 1)).any())
+    found = lengths(x_adv - x, norm)
+    assert (found >= best * (1 - 1e-6)).all()
+    assert np.median(found / best) < (1.005 if targeted else 1.0005)
+    assert (found <= best * (1.03 if targeted else 1.01)).all()
+
+
+@pytest.mark.parametrize("kind", ["l0", "group_l0"])
+def test_counts_are_minimal_on_affine_models(kind):
+    model, flat = affine(3, 24), inputs(8, 24)
+    network = nn.Sequential(nn.Flatten(), model)
+    x = flat.reshape(8, 2, 3, 4)
+    y = model(flat).argmax(1)
+    fewest = torch.full((8,), 99.0, dtype=torch.float64)
+    for j in range(3):
+        w = (model.weight[y] - model.weight[j]).reshape(x.shape)
+        gain = torch.maximum(w * x, -w * (1 - x))
+        gain = gain.sum(1).flatten(1) if kind == "group_l0" else gain.flatten(1)
+        f = model(flat)
+        gap = f.gather(1, y[:, None])[:, 0] - f[:, j]
+        total = gain.sort(dim=1, descending=True).values.cumsum(dim=1)
+        count = (total <= gap[:, None]).sum(dim=1) + 1.0
+        fewest = torch.where(y == j, fewest, torch.minimum(fewest, count.double()))
+    x_adv = pdpgd(network, x, y, norm=kind, steps=60)
+    assert bool(is_adversarial(network(x_adv), y).all())
+    changed = (x_adv != x).any(dim=1) if kind == "group_l0" else x_adv != x
+    assert torch.equal(changed.flatten(1).sum(dim=1).double(), fewest)
+
+
+def test_any_norm_with_a_proximal_operator():
+    """The weighted l1 norm, which no name stands for, against a solver."""
+    model, x = affine(3, 10), inputs(5, 10)
+    y = model(x).argmax(1)
+    weight = torch.linspace(0.5, 2.0, 10, dtype=torch.float64)
+
+    def shrink(u, lam):
+        return u.sign() * (u.abs() - lam[:, None] * weight).clamp_min(0)
+
+    mine = Regularizer(lambda d: (weight * d.abs()).sum(dim=1), shrink)
+    best = in_the_box(model, x, y, lambda d: cp.norm(cp.multiply(weight.numpy(), d), 1))
+    x_adv = pdpgd(model, x, y, norm=mine, steps=500)
+    found = mine.value(x_adv - x).numpy()
+    assert bool(is_adversarial(model(x_adv), y).all())
+    assert (found >= best * (1 - 1e-6)).all()
+    assert (found <= best * 1.03).all()
+
+
+# ------------------------------------------------------------------------ networks, brute force
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_in_the_plane_it_finds_what_a_grid_finds(norm):
+    line = torch.linspace(0, 1, 801, dtype=torch.float64)
+    grid = torch.cartesian_prod(line, line)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 4)).double()
+    model.requires_grad_(False)[0].weight.mul_(3)
+    model[2].bias -= model(grid).mean(dim=0)  # so that every class has its part of the square
+    x = inputs(40, 2)
+    y, label = model(x).argmax(1), model(grid).argmax(1)
+    assert int(label.bincount(minlength=4).min()) > 0.02 * len(grid)
+    x_adv = pdpgd(model, x, y, norm=norm, steps=240)
+    assert bool(is_adversarial(model(x_adv), y).all())
+    found = lengths(x_adv - x, norm)
+    pairs = zip(x, y, strict=True)
+    near = np.array([lengths(grid[label != c] - p, norm).min() for p, c in pairs])
+    assert (found >= near - 2 / 800).all()  # the grid is as near as its spacing
+    assert np.mean(found <= near * 1.001 + 1e-9) >= (0.8 if norm == "linf" else 0.9)
+
+
+@pytest.mark.parametrize("norm", [*NORMS, *COUNTS])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_what_is_found_is_adversarial_and_in_the_box(digits, norm, targeted):
+    model, x, y = digits
+    label = (y + 3) % 10 if targeted else y
+    x_adv = pdpgd(model, x, label, norm=norm, steps=100, targeted=targeted)
+    with torch.no_grad():
+        found = is_adversarial(model(x_adv), label, targeted)
+        start = is_adversarial(model(x), label, targeted)
+    assert float(found.float().mean()) > (0.9 if targeted and norm in COUNTS else 0.99)
+    assert torch.equal(x_adv[start], x[start])
+    assert torch.equal(x_adv[~found], x[~found])
+    assert bool(((x_adv >= 0) & (x_adv <= 1)).all())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_it_is_nearer_than_deepfool_and_the_thesis_settings(digits, norm):
+    model, x, y = digits
+    x, y = x[:30], y[:30]
+    ours = lengths(pdpgd(model, x, y, norm=norm, steps=100) - x, norm)
+    rough = lengths(deepfool(model, x, y, norm=norm) - x, norm)
+    thesis = lengths(pdpgd(model, x, y, norm=norm, steps=100, settings="thesis") - x, norm)
+    assert ours.mean() < 0.98 * rough.mean()
+    assert (ours <= rough * 1.005).all()
+    assert ours.mean() < 0.99 * thesis.mean()
+
+
+def test_l1_perturbations_are_the_nearest_and_l0_the_sparsest(digits):
+    model, x, y = digits
+    x_adv = {norm: pdpgd(model, x, y, norm=norm, steps=100) for norm in ["linf", "l2", "l1", "l0"]}
+    for norm in NORMS:
+        size = {other: lengths(x_adv[other] - x, norm).mean() for other in x_adv}
+        assert min(size, key=size.get) == norm
+    count = {other: float((x_adv[other] != x).sum()) for other in x_adv}
+    assert min(count, key=count.get) == "l0"
+
+
+# ------------------------------------------------------------------------------------- the game
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
+def test_the_multiplier_comes_to_rest_at_half_the_dual_norm(digits, norm):
+    model, x, y = digits
+    with torch.no_grad():
+        correct = ~is_adversarial(model(x), y)
+    wide = (-9.0, 9.0)  # the law is for perturbations that the box does not stop
+    rules = RECOMMENDED[norm]
+    free = Settings(**{**vars(rules), "scout": False, "multiplier": 1.0})
+    _, seen = watched(
+        pdpgd, model, x[correct], y[correct], norm=norm, steps=500, settings=free, bounds=wide
+    )
+    games = [state for _, state in seen if state["phase"] == "game"]
+    assert torch.allclose(games[0]["lam"], torch.tensor(1.0))
+    last = games[-1]
+    law = last["gain"] / 2 * dual_norm(last["gradient"], norm)
+    ratio = last["lam"] / law
+    assert float(ratio.median()) == pytest.approx(1.0, abs=0.05)
+    warm = Settings(**{**vars(rules), "scout": False})
+    _, seen = watched(pdpgd, model, x, y, norm=norm, steps=3, settings=warm)
+    first = next(state for _, state in seen if state["phase"] == "game")
+    law = first["gain"] / 2 * dual_norm(first["gradient"], norm)
+    assert torch.allclose(first["lam"], law, rtol=1e-4)
+
+
+def test_the_multiplier_falls_outside_and_grows_inside():
+    """A margin that never changes sign: the log of the multiplier moves by b in every step."""
+    x, y = inputs(2, 4), torch.tensor([0, 0])
+    rules = Settings(step=(0.1, 0.1), rate=(0.2, 0.1), feedback="sign", gain=None, scout=False)
+    model = affine(2, 4, weight=torch.eye(2, 4), bias=torch.tensor([50.0, 0.0]))
+    _, seen = watched(pdpgd, model, x, y, norm="l2", steps=41, settings=rules)
+    lam = torch.stack([state["lam"] for _, state in seen[1:]])
+    rates = np.linspace(0.2, 0.1, 40)
+    # by hand: weights averaged at the rate of 0.1 over a multiplier that falls by exp(-b)
+    log = math.log(float(lam[0, 0]))
+    w = np.array([1 / (1 + math.exp(-log)), 1 / (1 + math.exp(log))])
+    for k in range(40):
+        new = np.array([1 / (1 + math.exp(-log)), 1 / (1 + math.exp(log))])
+        w = 0.9 * w + 0.1 * new
+        assert float(lam[k, 0]) == pytest.approx(w[0] / w[1], rel=1e-6)
+        log -= rates[k]
+    assert bool((lam[1:] < lam[:-1])[1:].all())
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 100, 333])
+@pytest.mark.parametrize("choice", ["recommended", "thesis"])
+def test_every_pass_is_counted(digits, steps, restarts, choice):
+    model, x, y = digits
+    with torch.no_grad():
+        keep = ~is_adversarial(model(x), y)
+    x, y = x[keep][:3], y[keep][:3]
+    with counting(model) as counts:
+        pdpgd(model, x, y, norm="l2", steps=steps, restarts=restarts, settings=choice)
+    assert counts.forward == 3 * steps + 1  # one sample to check the input
+    assert counts.backward == 3 * steps
+
+
+def test_finished_samples_cost_one_pass_and_come_back_as_they_were(digits):
+    model, x, y = digits
+    wrong = (y[:6] + torch.tensor([0, 1, 0, 1, 1, 0])) % 10
+    with torch.no_grad():
+        done = is_adversarial(model(x[:6]), wrong)
+    with counting(model) as counts:
+        x_adv = pdpgd(model, x[:6], wrong, norm="l2", steps=50)
+    assert counts.backward == 6 + 49 * int((~done).sum())
+    assert torch.equal(x_adv[done], x[:6][done])
+    alone = pdpgd(model, x[:6][~done], wrong[~done], norm="l2", steps=50)
+    assert torch.allclose(x_adv[~done], alone, atol=1e-3)
+    assert torch.equal(pdpgd(model, x[:6][done], wrong[done], steps=9), x[:6][done])
+
+
+def test_observe_sees_every_pass_in_order(digits):
+    model, x, y = digits
+    x_adv, seen = watched(pdpgd, model, x, y, norm="linf", steps=300)
+    assert [step for step, _ in seen] == list(range(300))
+    phases = [state["phase"] for _, state in seen]
+    assert list(dict.fromkeys(phases)) == ["scout", "trial", "game", "polish"]
+    kept = torch.stack([state["distance"] for _, state in seen])
+    assert bool((kept[1:] <= kept[:-1]).all())
+    assert np.allclose(kept[-1], lengths(x_adv - x, "linf"), atol=1e-6)
+
+
+def test_restarts_and_seeds(digits):
+    model, x, y = digits
+    rules = {"norm": "l2", "steps": 60, "settings": "thesis"}
+    first = pdpgd(model, x, y, seed=1, **rules)
+    assert torch.equal(first, pdpgd(model, x, y, seed=1, **rules))
+    assert not torch.equal(first, pdpgd(model, x, y, seed=2, **rules))
+    plain = {"norm": "l2", "steps": 100}
+    assert torch.equal(pdpgd(model, x, y, seed=1, **plain), pdpgd(model, x, y, seed=1, **plain))
+    starts = []
+    for seed in (1, 2):
+        _, seen = watched(pdpgd, model, x, y, restarts=1, seed=seed, **plain)
+        games = [state["x_adv"] - x for _, state in seen if state["phase"] == "game"]
+        assert not games[0].any()
+        starts.append(games[len(games) // 2])
+    assert not torch.allclose(starts[0], starts[1])
+    assert 0 < float(starts[0].abs().max()) < 0.5
+
+
+def test_the_thesis_starts_anywhere_and_finetunes(digits):
+    model, x, y = digits
+    _, seen = watched(pdpgd, model, x, y, norm="linf", steps=201, settings="thesis")
+    phases = [state["phase"] for _, state in seen]
+    assert phases == ["scout"] + ["game"] * 100 + ["finetune"] * 100
+    game, fine = seen[1][1], seen[101][1]
+    assert torch.allclose(game["lam"], torch.tensor(THESIS.multiplier))
+    moved = (game["x_adv"] - x).abs()
+    assert 0.45 < float(moved.max()) <= 0.5
+    assert np.allclose(lengths(fine["x_adv"] - x, "linf"), fine["distance"], atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------- manners
+
+
+def test_scale_of_logits_and_of_inputs_play_no_part():
+    model, x = affine(4, 9), inputs(6, 9)
+    y = model(x).argmax(1)
+    for norm in NORMS:
+        plain = pdpgd(model, x, y, norm=norm, steps=80) - x
+        loud = pdpgd(lambda z: 1e3 * model(z), x, y, norm=norm, steps=80) - x
+        wide = pdpgd(lambda z: model(z / 255), 255 * x, y, norm=norm, steps=80, bounds=(0.0, 255.0))
+        a = lengths(plain, norm)
+        assert np.allclose(a, lengths(loud, norm), rtol=2e-3)
+        assert np.allclose(255 * a, lengths(wide - 255 * x, norm), rtol=2e-3)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
+def test_one_sample_behaves_as_in_a_batch(digits, norm):
+    model, x, y = digits
+    model, x = copy.deepcopy(model).double(), x.double()
+    batch = pdpgd(model, x, y, norm=norm, steps=60)
+    alone = [pdpgd(model, x[i : i + 1], y[i : i + 1], norm=norm, steps=60) for i in range(6)]
+    assert np.allclose(lengths(batch[:6] - x[:6], 2.0), lengths(torch.cat(alone) - x[:6], 2.0))
+
+
+def test_vanishing_gradients_are_warned_of():
+    x, y = inputs(3, 4), torch.tensor([0, 0, 0])
+
+    def steps(z):
+        return torch.stack([torch.ones(len(z)), z.sum(1).round() - 9], dim=1).to(z)
+
+    with pytest.warns(GradientMaskingWarning, match=r"pdpgd\(\): .* 3 of 3"):
+        assert torch.equal(pdpgd(steps, x, y, norm="l2", steps=30), x)
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    x, y = torch.full((2, 4), 0.5), torch.tensor([0, 0])
+
+    def model(z):
+        f = torch.stack([0.1 + 0 * z[:, 0], (z - 0.5).sum(1)], dim=1)
+        return torch.where(f > 0.05, f / f.clamp_max(0.1).sub(0.1).sign().abs().add(0.0), f)
+
+    with pytest.raises(ValueError, match="not finite"):
+        pdpgd(lambda z: model(z) / (z[:1].sum() != 2.0).logical_not(), x, y, steps=20)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"norm": "l3"}, ValueError, "norm"),
+        ({"norm": 3.0}, ValueError, "Regularizer"),
+        ({"norm": 0.5}, ValueError, "norm"),
+        ({"norm": None}, TypeError, "norm"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"restarts": -1}, ValueError, "restarts"),
+        ({"restarts": 1.5}, TypeError, "restarts"),
+        ({"settings": "best"}, ValueError, "settings"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"bounds": (0.0, 0.1)}, ValueError, "bounds"),
+    ],
+)
+def test_bad_settings_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        pdpgd(affine(3, 4), inputs(2, 4), torch.tensor([0, 1]), **change)
+
+
+@pytest.mark.parametrize(("name", "p"), [("linf", math.inf), ("l2", 2.0), ("l1", 1)])
+def test_numbers_name_the_norms_too(digits, name, p):
+    model, x, y = digits
+    a, b = (pdpgd(model, x[:4], y[:4], norm=n, steps=20) for n in (name, p))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_at_equal_passes_it_is_nearer_than_another_library_s_attack(digits, norm):
+    fb = pytest.importorskip("foolbox")
+    model, x, y = digits
+    peer = fb.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    named = {"linf": "LInfFMNAttack", "l2": "L2FMNAttack", "l1": "L1FMNAttack"}
+    theirs = getattr(fb.attacks, named[norm])(steps=100)(peer, x, y, epsilons=None)[1]
+    with torch.no_grad():
+        valid = is_adversarial(model(theirs), y).numpy()
+    ours = lengths(pdpgd(model, x, y, norm=norm, steps=100) - x, norm)
+    assert ours[valid].mean() <= lengths(theirs - x, norm)[valid].mean()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
+def test_devices_agree(digits, norm):
+    model, x, y = digits
+    model, x = copy.deepcopy(model).double(), x.double()
+    here = pdpgd(model, x, y, norm=norm, steps=60)
+    there = pdpgd(model.cuda(), x.cuda(), y.cuda(), norm=norm, steps=60)
+    assert there.is_cuda
+    assert np.allclose(lengths(here - x, 2.0), lengths(there.cpu() - x, 2.0), rtol=1e-4)
