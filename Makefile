@@ -79,10 +79,11 @@ mutants: $(TEST)
 bench: $(TEST)
 	$(BIN)/python -m benchmarks
 
-# See reproduce/README.md; FIGURE is another word for TABLE.
+# What the variables mean: reproduce/README.md.
 reproduce: $(RUNS)
 	$(BIN)/python -m reproduce $(TABLE) $(FIGURE) $(if $(DRY),--dry) $(if $(ONLY),--only=$(ONLY)) \
-	    $(if $(PROFILE),--profile=$(PROFILE)) $(if $(CORES),--cores=$(CORES))
+	    $(if $(PROFILE),--profile=$(PROFILE)) $(if $(CORES),--cores=$(CORES)) \
+	    $(if $(RESULTS),--results=$(RESULTS) --work=$(RESULTS)/work)
 
 clean:
 	rm -rf _build book/ledger.md .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reproduce.files import read
-from reproduce.plan import ROOT, Item, Plan, Task
+from reproduce.plan import ROOT, Item, Plan, Run, Task
 
 HERE = Path(__file__).resolve().parent
 
@@ -75,10 +75,10 @@ def command(
     known = [name for name in plan.mentioned() if plan.available(name)]
     forced = [plan.output(item) for item in items]
     for task in tasks:
-        path = plan.record(task.subject)
-        if path.is_file():
-            forced.append(path)
-    line += ["--forcerun", *map(str, forced)]
+        forced.append(plan.record(task.subject))
+        if isinstance(task.subject, Run):  # points that a killed run left may be of other settings
+            forced.append(plan.points(task.subject))
+    line += ["--forcerun", *(str(path) for path in forced if path.is_file())]
     line += [
         "--config",
         f"settings={plan.settings}",

@@ -83,7 +83,7 @@ def attack(plan: Plan, run: Run) -> None:
     x, y = some.x[attacked], some.y[attacked]
     grid, seed = radii(settings, x), run.network.seed
     points = [perturbed(model, x, y, eps, settings, seed) for eps in (grid or (None,))]
-    content = {
+    content = _origin(plan, run) | {
         "attacked": attacked.cpu(),
         "points": [p.cpu() for p in points],
         "eps": grid,
@@ -164,6 +164,9 @@ def measure(plan: Plan, run: Run) -> None:
     settings, place = plan.attack(run), device()
     model, source = _network(plan, run.network), data.load(run.network.dataset)
     content = torch.load(plan.points(run), map_location=place, weights_only=True)
+    origin = _origin(plan, run)
+    if any(content.get(name) != value for name, value in origin.items()):
+        raise ValueError(f"{plan.points(run)} is of other settings or weights; delete it")
     some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
     sample = Sample(
@@ -178,10 +181,8 @@ def measure(plan: Plan, run: Run) -> None:
         "attacked": int(sample.attacked.sum()),
         "of": len(source.test),
         "complete": source.complete,
-        "settings": {"training": plan.recipe(run.network), "attack": settings},
-        "weights": sha256(plan.weights(run.network)),
     }
-    write_record(plan, run, record, content["seconds"] + time.perf_counter() - start)
+    write_record(plan, run, record | origin, content["seconds"] + time.perf_counter() - start)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -205,6 +206,14 @@ def write_record(
         **_commit(plan.files(subject)),
     }
     write_json(plan.record(subject), names | content | origin)
+
+
+def _origin(plan: Plan, run: Run) -> dict[str, Any]:
+    """What a run's points and values depend on, beside the code."""
+    return {
+        "settings": {"training": plan.recipe(run.network), "attack": plan.attack(run)},
+        "weights": sha256(plan.weights(run.network)),
+    }
 
 
 def _network(plan: Plan, network: Network) -> nn.Module:

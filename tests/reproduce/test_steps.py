@@ -247,6 +247,16 @@ def test_other_weights_than_the_record_s_are_refused(bench, network):
         steps.attack(plan, Run(network, "clean"))
 
 
+def test_points_of_other_settings_are_refused(bench, network):
+    plan, run = bench.plan(), Run(network, "pgd")
+    steps.train(plan, network)
+    steps.attack(plan, run)
+    bench.content["attacks"]["pgd"]["steps"] = 4
+    bench.write()
+    with pytest.raises(ValueError, match="of other settings or weights"):
+        steps.measure(bench.plan(), run)
+
+
 def test_table_and_figure_are_means_over_seeds_and_tell_what_is_missing(bench):
     plan = bench.plan()
     item, drawing = plan.items["convex-3"], plan.items["convex-figure-3a"]
