@@ -1,0 +1,1 @@
+"""Theory: closed forms and proofs, in float64; nothing is trained here."""
