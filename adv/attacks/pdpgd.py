@@ -44,6 +44,7 @@ CLASSES = 9
 ROUNDS = 3
 """Linearizations by which the boundary of a class that passed the first round is located."""
 NEWTON = 5
+TOP = 64
 POWERS = {"l1/2": 1 / 2, "l2/3": 2 / 3}
 POLISH = 8
 """Projections onto the linearized boundary at the end, at most."""
@@ -559,7 +560,7 @@ def crossing(
     r"""The smallest perturbation across a linear boundary: $\min h(\delta)$, $g^\top\delta\le-c$.
 
     Under linf and l2 $\delta_i=-\operatorname{sign}(g_i)\min(t\,r_i,c_i)$ with $c_i$ the room and
-    $r_i=1$ or $|g_i|$: the gain is piecewise linear in $t$, which sorting the $c_i/r_i$ solves.
+    $r_i=1$ or $|g_i|$, $t$ found by Newton's method on the gain, which is piecewise linear.
     Under l1 the entries with the largest $|g_i|$ move as far as they can until the gap is closed,
     under l0 those with the largest $|g_i|c_i$ (pixels: the largest sum over channels).
 
@@ -592,23 +593,31 @@ def crossing(
 
 
 def _ray(size: Tensor, rate: Tensor, cap: Tensor, c: Tensor) -> Tensor:
-    """min(t * rate, cap) with the smallest t for which the sum weighted by ``size`` reaches c."""
-    meets, order = (cap / torch.where(rate > 0, rate, 1.0)).sort(dim=1)
-    size_, rate_, cap_ = (part.gather(1, order) for part in (size, rate, cap))
-    full = (size_ * cap_).cumsum(dim=1) - size_ * cap_  # what the entries before have gained
-    slope = (size_ * rate_).flip(1).cumsum(dim=1).flip(1)
-    piece = (full + slope * meets < c).sum(dim=1, keepdim=True).clamp_max(size.shape[1] - 1)
-    slope = slope.gather(1, piece)
-    t = (c - full.gather(1, piece)).clamp_min(0) / torch.where(slope > 0, slope, 1.0)
-    return torch.minimum(t * rate, cap)
+    """min(t * rate, cap) with the smallest t for which the sum weighted by ``size`` reaches c.
+
+    Newton's method from t = 0: the sum is concave and piecewise linear, so that the iterates
+    increase to the root and meet it when they come to its piece.
+    """
+    t = torch.zeros_like(c)
+    speed = size * rate
+    for _ in range(2 * NEWTON):
+        left = cap - t * rate
+        missing = c - torch.linalg.vecdot(size, cap - left.clamp_min(0))[:, None]
+        slope = torch.linalg.vecdot(speed, left.sign().clamp_min(0))[:, None]
+        t = torch.where(slope > 0, t + missing.clamp_min(0) / slope, math.inf)
+    return torch.minimum(torch.where(rate > 0, t * rate, 0.0), cap)
 
 
 def _greedy(key: Tensor, cap: Tensor, c: Tensor) -> Tensor:
     """How much of ``cap`` to take in the order of ``key`` until the sum weighted by it is c."""
-    order = key.argsort(dim=1, descending=True, stable=True)
-    key_, cap_ = key.gather(1, order), cap.gather(1, order)
-    before = (key_ * cap_).cumsum(dim=1) - key_ * cap_
-    left = (c - before).clamp_min(0)
+    few = min(key.shape[1], TOP) if key.device.type == "cpu" else key.shape[1]
+    for count in (few, key.shape[1]):  # all of them are sorted only where the first do not do
+        key_, order = key.topk(count, dim=1)
+        cap_ = cap.gather(1, order)
+        total = (key_ * cap_).cumsum(dim=1)
+        if count == key.shape[1] or bool((total[:, -1:] >= c).all()):
+            break
+    left = (c - total + key_ * cap_).clamp_min(0)
     taken = torch.minimum(left / torch.where(key_ > 0, key_, 1.0), cap_)
     return torch.zeros_like(key).scatter(1, order, taken)
 
@@ -633,6 +642,8 @@ class _Penalty:
             return pixels(delta)
         if self.kind in POWERS:
             return flat.abs().pow(POWERS[self.kind]).sum(dim=1)
+        if self.kind == "linf":
+            return flat.abs().amax(dim=1)
         return torch.linalg.vector_norm(flat, exponent(self.kind), dim=1)
 
     def prox(
@@ -684,10 +695,10 @@ def _prox_linf(
     w = torch.ones_like(size) if metric is None else metric.flatten(1)
     t = level[:, None]
     for _ in range(NEWTON):
-        active = torch.where(size > t, w, 0.0)
-        total = active.sum(dim=1, keepdim=True)
-        excess = torch.linalg.vecdot(active, size)[:, None] - lam[:, None]
-        t = (excess / torch.where(total > 0, total, 1.0)).clamp_min(0)
+        over = (size - t).clamp_min(0)
+        excess = torch.linalg.vecdot(w, over)[:, None] - lam[:, None]
+        slope = torch.linalg.vecdot(w, over.sign())[:, None]
+        t = torch.where(slope > 0, t + excess / slope, 0.0).clamp_min(0)
     t = expand(t, u)
     z = torch.clamp(u, -t, t)
     return z if box is None else torch.clamp(z, *box)
