@@ -28,8 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     items = [plan.items[name] for name in given.names or plan.items]
     tasks = plan.tasks(items)
     print(report(plan, items, tasks), flush=True)
-    with alone(plan.work):
-        status = subprocess.run(command(plan, items, tasks, given), cwd=ROOT).returncode
+    with alone(plan.work) as lock:
+        line = command(plan, items, tasks, given)
+        status = subprocess.run(line, cwd=ROOT, pass_fds=[lock]).returncode
     if status == 0 and not given.dry:
         from reproduce.summary import show  # takes seconds: PyTorch
 
@@ -92,15 +93,18 @@ def command(
 
 
 @contextmanager
-def alone(work: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which, unlike Snakemake's, ends with the process that holds it."""
+def alone(work: Path) -> Iterator[int]:
+    """Hold the lock of a folder, which, unlike Snakemake's, ends with the processes that hold it.
+
+    Yields the descriptor that a process started here needs to hold it as well.
+    """
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"another run holds {work / 'lock'}; wait for it, or choose another --work")
-        yield
+        yield file.fileno()
 
 
 def duration(seconds: float) -> str:
