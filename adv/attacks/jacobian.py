@@ -7,7 +7,9 @@ matrices; ``regression`` makes attacks of them.
 """
 
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -150,10 +152,10 @@ def _products(outputs: Tensor, inputs: Tensor, vectors: Tensor, **options: bool)
         return torch.autograd.grad(outputs, inputs, v, **settings)[0]
 
     if len(vectors) > 1:
-        try:
+        # a layer that cannot be batched raises, or is slow and says so
+        with suppress(RuntimeError), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*batching rule.*")
             return grad(vectors, is_grads_batched=True)
-        except RuntimeError:  # a layer that cannot be batched
-            pass
     return torch.stack([grad(v) for v in vectors])
 
 

@@ -108,7 +108,7 @@ def test_no_gradients_and_training_mode_make_no_difference(network, context):
 
 
 class Cube(torch.autograd.Function):
-    """A layer that cannot be batched and has no forward mode."""
+    """A layer without a forward mode that cannot be batched: it reads a number back."""
 
     @staticmethod
     def forward(ctx, x):
@@ -118,8 +118,7 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        assert x.ndim == 2
-        return grad * 3 * x**2
+        return grad * (3.0 if grad.sum().item() > -math.inf else 0.0) * x**2
 
 
 def test_layers_without_forward_mode_or_batching():
