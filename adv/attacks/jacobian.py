@@ -42,8 +42,8 @@ __all__ = [
     "trust_region",
 ]
 
-CHUNK = 2**22
-"""Numbers in a block of Jacobian columns: 16 MB in float32, whatever the size of the network."""
+CHUNK = 2**20
+"""Numbers in a block of Jacobian columns: 4 MB in float32; the layers between take a multiple."""
 
 
 # ----------------------------------------------------------------------------------- the Jacobian
@@ -219,9 +219,11 @@ def ascend(
     r"""Steps $\delta\leftarrow\arg\max_u\,u^\top J^\top(r+J\delta)$ until none moves by ``tol``.
 
     The square $\|r+J\delta\|^2$ is convex, hence above its tangent, which the step maximizes: it
-    never falls, in any norm and box that the ``oracle`` knows. In the l2 ball, from a start with
-    the signs of $b=J^\top r$ along every singular vector, all $\delta$ have them, and the limit
-    solves $(\mu I-J^\top J)\delta=b$ with $\mu\ge\sigma_i^2$ for all $i$: the global maximum.
+    never falls, in any norm and box that the ``oracle`` knows. In the l2 ball, from a start that
+    along no singular vector has the sign opposite to $b=J^\top r$, such as $b$ or the leading
+    vector $v$ with $b^\top v\ge0$, no $\delta$ has it, and the limit solves
+    $(\mu I-J^\top J)\delta=b$ with $\mu\ge\sigma_i^2$ wherever it has a share of vector $i$. From
+    $v$ that is the global maximum; from $b$, too, but for the hard case of ``trust_region``.
 
     Args:
         jacobian: operator, or matrices (B, K, d).

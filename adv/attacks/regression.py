@@ -42,7 +42,7 @@ from adv.attacks.jacobian import (
     greedy_signs,
     singular,
 )
-from adv.geometry import Box, Norm, exponent, linear_oracle, room, steepest
+from adv.geometry import Box, Norm, exponent, linear_oracle, room
 
 __all__ = ["linear", "quadratic", "random_perturbation", "subset"]
 
@@ -74,10 +74,10 @@ def quadratic(
     r"""Quadratic attack: linearize the model once, maximize $\|r+J\delta\|_2^2$, $r=f(x)-y$.
 
     - l2: $\delta\leftarrow\varepsilon v_2\big(J^\top(r+J\delta)\big)$, which for $r=0$ is power
-      iteration, started at $b/\|b\|\pm v$, $b=J^\top r$ and $v$ the leading singular vector.
-      Converges to the maximum, but for the box. $\pm\varepsilon v$ are tried as well: far from
-      $x$, where the linear model fails, either may have the larger error.
-    - l1: the best single value, from the norms of the columns and $b$.
+      iteration, started at $\pm\varepsilon v$, $v$ the leading singular vector; converges to the
+      maximum, but for the box. The starts are tried as well: far from $x$, where the linear model
+      fails, either may have the larger error.
+    - l1: the best single value, from the norms of the columns and $J^\top r$.
     - linf: a vertex of the box: by greedy signs (``"greedy"``); by ``"search"``, the better of
       greedy and $\operatorname{sign}v$, each improved by single flips; or by ``"iterate"``,
       $\delta\leftarrow\varepsilon\operatorname{sign}(J^\top(r+J\delta))$ from $\pm v$, which needs
@@ -149,8 +149,7 @@ def quadratic(
             own = _both(_corner_signs(J, offset, rule == "search", steps, tol, seed))
         else:
             v = singular(J, steps=steps, tol=tol, seed=seed).vector
-            b = steepest(J.vjp(offset), "l2")
-            own = itertools.chain(map(oracle, (v, -v)), map(climb, (b + v, b - v)))
+            own = itertools.chain(map(oracle, (v, -v)), map(climb, (v, -v)))
         random = (_random_like(x, seed, k) for k in range(1, restarts))
         for s in itertools.chain(own, map(climb, random)):
             x_adv = frame.point(s)

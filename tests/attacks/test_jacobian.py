@@ -63,7 +63,7 @@ def written_out(model, x):
 
 
 @pytest.mark.parametrize("outputs", [48, 7])
-@pytest.mark.parametrize("chunk", [2**22, 500])
+@pytest.mark.parametrize("chunk", [2**20, 500])
 def test_products_are_those_of_the_written_jacobian(network, outputs, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     cut = nn.Sequential(network, nn.Flatten(), nn.Linear(48, 7).double()).train()
@@ -331,7 +331,7 @@ def greedy_by_hand(J, offset):
     return signs
 
 
-@pytest.mark.parametrize("chunk", [2**22, 40])
+@pytest.mark.parametrize("chunk", [2**20, 40])
 def test_greedy_is_its_rule(chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     J, r = gaussian(5, 4, 13), gaussian(5, 4, seed=8)

@@ -9,6 +9,7 @@ from helpers import WIDE, affine, inputs
 from torch import nn
 
 from adv.attacks import jacobian as operators
+from adv.attacks import regression
 from adv.attacks.common import GradientMaskingWarning, generator
 from adv.attacks.gradient import noise
 from adv.attacks.jacobian import Jacobian, trust_region
@@ -70,10 +71,10 @@ def test_l2_with_a_target_solves_the_trust_region_problem(scale):
     assert torch.allclose(error(model, x_adv, y), error(model, best, y), rtol=1e-10)
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", [0.0, 0.2, 5.0])
 def test_l1_is_the_best_vertex(known):
-    model, x = affine(6, 9), inputs(8, 9)
-    y = inputs(8, 6, seed=4) if known else None
+    model, x = affine(6, 9), inputs(40, 9)
+    y = model(x) + known * (inputs(40, 6, seed=4) - 0.5) if known else None
     x_adv = quadratic(model, x, y, eps=EPS, norm="l1", bounds=WIDE)
     vertices = EPS * torch.cat([torch.eye(9), -torch.eye(9)]).double()
     every = torch.stack([error(model, x + v, y, at=x) for v in vertices])
@@ -110,6 +111,17 @@ def test_linf_against_all_corners(bounds, known):
     assert float(found["greedy"].mean()) > 0.85
     assert float(found["iterate"].mean()) > 0.85
     assert bool((found["search"] >= found["greedy"] - 1e-12).all())
+
+
+def test_the_search_starts_on_the_residuals_side(monkeypatch):
+    model, x = affine(6, 9), inputs(5, 9)
+    left = torch.linalg.svd(model.weight).U[:, 0]
+    r = left * torch.tensor([5.0, -5.0, 7.0, -9.0, 5.0]).double()[:, None]
+    starts = []
+    monkeypatch.setattr(regression, "flip_search", lambda J, s, r: starts.append(s) or s)
+    quadratic(model, x, model(x) - r, eps=EPS, norm="linf", rule="search", bounds=WIDE)
+    gain = ((starts[1] @ model.weight.T) * r).sum(1)
+    assert bool((gain > 0).all())
 
 
 def test_linf_greedy_is_the_greedy_rule():
@@ -420,6 +432,22 @@ def test_several_groups_are_those_of_largest_gain():
     assert all(len(set(row)) == 3 for row in chosen.tolist())
     assert seen[0]["gain"].shape == (6, 5)
     assert torch.equal(seen[-1]["x_adv"], x_adv)
+
+
+def test_groups_of_different_sizes():
+    """Quadratic, against all groups and all corners of each."""
+    model, x = affine(5, 7), inputs(12, 7)
+    groups = torch.tensor([4, 8, 8, 8, 4, 1, 8])
+    x_adv = subset(model, x, eps=EPS, groups=groups, kind="quadratic")
+    best = []
+    for z in x:
+        tries = [
+            torch.where(groups == k, corner, z)
+            for k in (1, 4, 8)
+            for corner in corners(z, EPS)
+        ]  # fmt: skip
+        best.append(error(model, torch.stack(tries), model(z)).max())
+    assert torch.allclose(error(model, x_adv, at=x), torch.stack(best))
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
