@@ -156,7 +156,23 @@ def execute(path: Path, *, workdir: Path | None = None) -> tuple[NotebookNode, f
         raise failure(path, notebook, error) from None
     seconds = time.perf_counter() - start
     notebook.metadata.pop("language_info", None)  # the interpreter's patch version would churn
+    merge_streams(notebook)
     return notebook, seconds
+
+
+def merge_streams(notebook: NotebookNode) -> None:
+    """Put together what a kernel printed in pieces, whose borders hang on the machine's load."""
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        merged: list[NotebookNode] = []
+        for output in cell.outputs:
+            before = merged[-1] if merged else {}
+            if output.output_type == "stream" and before.get("name") == output.name:
+                before["text"] += output.text
+            else:
+                merged.append(output)
+        cell.outputs = merged
 
 
 def repository(root: Path) -> dict[str, str]:

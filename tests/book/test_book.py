@@ -178,6 +178,17 @@ def test_the_launch_cell_follows_the_one_setting(small_book):
     assert nbval(small_book / "book/tiny.ipynb").returncode == 0
 
 
+def test_what_is_printed_in_pieces_is_stored_whole():
+    said = [("stdout", "a"), ("stdout", "b"), ("stderr", "c"), ("stdout", "d")]
+    outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in said]
+    outputs.insert(3, nbformat.v4.new_output("display_data", {"text/plain": "e"}))
+    cells = [nbformat.v4.new_code_cell("", outputs=outputs), nbformat.v4.new_markdown_cell("")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    book.merge_streams(notebook)
+    texts = [output.get("text") for output in notebook.cells[0].outputs]
+    assert texts == ["ab", "c", None, "d"]
+
+
 def test_pages_made_by_another_extension_are_forgotten(tmp_path):
     page = tmp_path / "_build/.doctrees/book/tiny.doctree"
 

@@ -121,6 +121,7 @@ def test_compare_takes_rows_of_a_results_file(folder):
     assert table["rho", "ours"].tolist() == ["—", "—"]
     assert (compare("toy", "1")["rho", "ours"] == "—").all()
     assert compare("toy", "1", ours={"a": {"how": 1 / 3}})["how", "ours"].iloc[0] == "0.33"
+    assert compare("toy", "1", ours={"a": {"how": "bound"}})["how", "ours"].iloc[0] == "bound"
 
 
 def test_compare_names_what_is_unknown(folder):
