@@ -15,6 +15,7 @@ from adv.attacks.gradient import pgd
 from adv.lab import data, models
 from adv.lab.claims import compare
 from adv.lab.evaluation import psnr
+from adv.lab.training import fit
 from reproduce import steps, summary
 from reproduce.files import dumps, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
@@ -125,6 +126,19 @@ def test_eps99_is_infinite_where_the_attack_fails_too_often():
         values = MEASURES["minimal"](sample)
         assert values["eps99"] == expected
         assert values["found"] == pytest.approx(1 - failing / 100)
+
+
+def test_a_training_is_that_of_its_recipe_and_seed(bench):
+    plan, network = bench.plan(), Network("convex", "digits", "fcnn", "none", 1)
+    steps.train(plan, network)
+    model = models.build("mlp", sizes=[64, 16, 10], seed=1)
+    train = data.load("digits").train
+    history = fit(model, train, epochs=3, batch_size=100, lr=0.01, seed=1, progress=False)
+    stored = load_file(plan.weights(network))
+    assert all(bool((stored[name] == value).all()) for name, value in model.state_dict().items())
+    record = read(plan.record(network))
+    assert record["values"] == {"loss": history.loss[-1], "epochs": 3}
+    assert record["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
 
 
 def test_psnr_of_an_autoencoder_that_halves_its_input():
