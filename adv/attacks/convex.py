@@ -170,9 +170,14 @@ def margin_step(
     Returns:
         (B, ...) steps; 0 where the margin is not positive, or where $g=0$ and no step helps.
 
+    Raises:
+        ValueError: not one margin for each gradient; an unknown norm.
+
     Source: Balda et al. (2018), Proposition 1 with the exponent of E1; chapter ``convex``.
     """
     slope = dual_norm(gradient, norm)
+    if value.shape != slope.shape:
+        raise ValueError(f"margins are of shape {tuple(slope.shape)}, not {tuple(value.shape)}")
     length = torch.where(slope > 0, value.clamp_min(0) / slope, 0.0)
     return -expand(length, gradient) * steepest(gradient, norm)
 
@@ -237,20 +242,24 @@ def ensemble(models: Sequence[Model], weights: Sequence[float] | None = None) ->
 
     Args:
         models: each ``(B, ...) -> (B, K)`` logits, with the same K.
-        weights: $\alpha_i>0$; they are scaled to sum to 1. Equal by default.
+        weights: $\alpha_i>0$, finite; they are scaled to sum to 1. Equal by default.
 
     Returns:
         ``(B, ...) -> (B, K)`` logits. Modules among the models keep their mode: put them into
         evaluation mode before.
 
     Raises:
-        ValueError: no models, weights that are not positive or not one for each model.
+        TypeError: one model instead of a sequence of them.
+        ValueError: no models, weights that are not positive numbers or not one for each model.
 
     Source: Balda et al. (2018), Table 2, "ensemble"; Liu et al. (2017); chapter ``convex``.
     """
+    if not isinstance(models, Sequence):
+        raise TypeError(f"models is a sequence of models, not {type(models).__name__}")
     share = torch.ones(len(models)) if weights is None else torch.as_tensor(weights)
-    if not models or share.shape != (len(models),) or not bool((share > 0).all()):
-        raise ValueError("ensemble() needs models and one positive weight for each of them")
+    fit = share.shape == (len(models),) and bool(((share > 0) & share.isfinite()).all())
+    if not models or not fit:
+        raise ValueError("ensemble() needs models and one positive weight, finite, for each of them")
     logs = (share / share.sum()).log().tolist()
 
     def together(x: Tensor) -> Tensor:
@@ -297,6 +306,8 @@ def _iterate(
 
 def _radii(dither: Any, steps: int) -> list[float]:
     """One radius for each step; 0 for those that are not named."""
+    if isinstance(dither, str) or not isinstance(dither, Real | Sequence):
+        raise TypeError(f"dither is a radius or a sequence of radii, not {dither!r}")
     radii: list[Any] = [dither] if isinstance(dither, Real) else list(dither)
     if len(radii) > steps:
         raise ValueError(f"dither has {len(radii)} radii for {steps} steps")

@@ -304,11 +304,29 @@ def test_an_ensemble_averages_probabilities():
 
 
 @pytest.mark.parametrize(
-    ("models", "weights"), [([], None), ([nn.Identity()], [0.0]), ([nn.Identity()], [1.0, 1.0])]
+    ("models", "weights"),
+    [
+        ([], None),
+        ([nn.Identity()], [0.0]),
+        ([nn.Identity()], [1.0, 1.0]),
+        ([nn.Identity()] * 2, [1.0, math.inf]),
+        ([nn.Identity()], [math.nan]),
+    ],
 )
 def test_bad_ensembles(models, weights):
     with pytest.raises(ValueError, match="one positive weight"):
         ensemble(models, weights)
+
+
+def test_one_model_is_no_sequence_of_models():
+    with pytest.raises(TypeError, match="not Linear"):
+        ensemble(affine(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 1), ()])
+def test_margin_step_wants_one_margin_for_each_gradient(shape):
+    with pytest.raises(ValueError, match=r"shape \(5,\)"):
+        margin_step(torch.ones(shape), torch.ones(5, 2), "l2")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +335,8 @@ def test_bad_ensembles(models, weights):
         ({"steps": 2, "dither": (0.1, 0.1, 0.1)}, ValueError, "3 radii for 2 steps"),
         ({"dither": -0.1}, ValueError, "dither"),
         ({"dither": ("a",)}, TypeError, "dither"),
+        ({"dither": "0.1"}, TypeError, "a radius or a sequence of radii"),
+        ({"dither": None}, TypeError, "a radius or a sequence of radii"),
         ({"loss": "hinge"}, ValueError, "score"),
     ],
 )
