@@ -46,6 +46,14 @@ ROUNDS = 3
 NEWTON = 5
 TOP = 64
 POWERS = {"l1/2": 1 / 2, "l2/3": 2 / 3}
+AMPLE = 240
+"""Passes from which on trials and exploration pay."""
+TRIAL, EXCURSION = 1 / 12, 1 / 32
+"""Shares of the passes for a game against a class, and for one from a random point."""
+EXPLORE, FARTHEST, NEAREST = 0.2, 0.8, 1 / 8
+"""Share of the passes for games from random points; their first radius; the last to the first."""
+LANDING = 4
+"""Projections at the end of a short game."""
 POLISH = 8
 """Projections onto the linearized boundary at the end, at most."""
 BEYOND = 4 * TOLERANCE
@@ -143,9 +151,9 @@ def pdpgd(
     r"""Primal-dual (proximal) gradient descent: a minimal-norm attack with one pass for each step.
 
     The plan of an untargeted attack: the boundaries of the most likely classes are located by
-    projections onto their linearizations; where the budget allows, a short game is played against
-    each of the nearest; the rest goes into a game against the class found nearest. A targeted
-    attack plays one game.
+    projections onto their linearizations; from 240 steps on, a game is played against each of the
+    nearest, and some short ones from random points; the rest goes into a game against the class
+    found nearest, and projections at its end. A targeted attack plays one game.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
@@ -162,8 +170,9 @@ def pdpgd(
         bounds: smallest and largest value of an input.
         seed: of the random points.
         observe: called at each pass with ``x_adv``, ``logits``, ``margin``, ``gradient`` (of the
-            margin), ``distance`` (best so far), ``phase`` (``"scout"``, ``"trial"``, ``"game"`` or
-            ``"finetune"``) and, in a game, the multiplier ``lam`` and the slope's factor ``gain``.
+            margin), ``distance`` (best so far), ``phase`` (``"scout"``, ``"trial"``, ``"explore"``,
+            ``"game"``, ``"finetune"`` or ``"polish"``) and, in a game, the multiplier ``lam`` and
+            the factor ``gain`` of the margin.
 
     Returns:
         (B, ...) the nearest adversarial inputs seen, inside ``bounds``; ``x`` itself where it is
@@ -188,6 +197,7 @@ def pdpgd(
         else:
             nearest = _scout(search, rivals)
             rival, distance = _trials(search, rules, *nearest)
+            _explore(search, rules, distance, draws)
         _games(search, rules, rival, distance, restarts, draws)
     return search.finish()
 
@@ -203,8 +213,8 @@ def _play(
     delta: Tensor,
     distance: Tensor,
     phase: str,
-) -> Tensor:
-    r"""Algorithm 3, or Algorithm 2 under l2, from ``delta``; returns the distances it reached.
+) -> tuple[Tensor, Tensor]:
+    r"""Algorithm 3, or Algorithm 2 under l2; the distances it reached, and where it ended.
 
     One pass at $x+\delta$ gives $m$ and $\nabla m$ to both players: Adam steps on
     $\phi(m)=\log(1+e^{\gamma m})$ alone, the proximal operator of $\lambda h$ is taken in Adam's
@@ -236,7 +246,7 @@ def _play(
             u, metric = adam.step(delta, expand(slope, g) * g, a * unit)
             delta = _backward(penalty, rules.inner, u, lam, search.box, metric, seen.size)
         log_lam = log_lam - b * (m.sign() if rules.feedback == "sign" else torch.tanh(gain * m))
-    return reached
+    return reached, delta
 
 
 def _backward(
@@ -330,15 +340,49 @@ def _trials(
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """The class against which a short game ends nearest, and the distance there."""
     games = min(rivals.shape[1], search.steps // 80)
-    if games < 2 or search.steps < 240:
+    if games < 2 or search.steps < AMPLE:
         return rivals[:, 0], distances[:, 0]
-    passes = search.steps // (2 * games)
     for i in range(games):
         zero = torch.zeros_like(search.x)
-        near = _play(search, rules, rivals[:, i], passes, zero, distances[:, i], "trial")
+        near = _short(search, rules, rivals[:, i], TRIAL, zero, distances[:, i], "trial")
         distances[:, i] = torch.where(near < math.inf, near, distances[:, i])
     rivals, distances = _sorted(distances[:, :games], rivals[:, :games], distances[:, :games])
     return rivals[:, 0], distances[:, 0]
+
+
+def _explore(search: "_Search", rules: Settings, distance: Tensor, draws: torch.Generator) -> None:
+    """Look for other basins of any class: short games from random points, ever nearer to ``x``."""
+    if search.steps < AMPLE:
+        return
+    games = int(EXPLORE * search.steps) // _passes(search, EXCURSION)
+    for i in range(games):
+        radius = FARTHEST * NEAREST ** (i / max(1, games - 1))
+        start = search.start(radius, distance, draws)
+        _short(search, rules, None, EXCURSION, start, distance, "explore")
+
+
+def _short(
+    search: "_Search",
+    rules: Settings,
+    rival: Tensor | None,
+    share: float,
+    delta: Tensor,
+    distance: Tensor,
+    phase: str,
+) -> Tensor:
+    """A game long enough to find its basin, and projections onto the boundary found there."""
+    passes = _passes(search, share)
+    reached, delta = _play(search, rules, rival, passes - LANDING, delta, distance, phase)
+    for _ in range(LANDING):
+        seen = search.look(delta, rival)
+        search.tell(seen, phase)
+        delta, _ = search.project(seen, delta)
+        reached = torch.minimum(reached, seen.reached)
+    return reached
+
+
+def _passes(search: "_Search", share: float) -> int:
+    return max(4 * LANDING, int(share * search.steps))
 
 
 def _sorted(keys: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -358,12 +402,13 @@ def _games(
 ) -> None:
     """Spend what is left: the game from ``x``, those from random points, finetuning, polishing.
 
-    Samples for which trials found nothing start at a random point.
+    Where exploration came nearer than the class of the game, this starts there, with small steps.
     """
     polish = min(POLISH, search.left // 10) if rules.scout else 0
     runs = 1 + restarts + rules.finetune
     passes = max(1, (search.left - polish) // runs)
-    tried = search.left < search.steps // 2  # trials were played
+    nearer = search.best.distance < 0.999 * distance
+    nearer &= search.left < search.steps // 2  # otherwise it was no exploration
     for run in range(runs):
         count = min(search.left - polish, passes if run < runs - 1 else search.left)
         if rules.finetune and run == runs - 1:
@@ -372,10 +417,11 @@ def _games(
             _play(search, gentle, rival, count, search.nearest(), distance, "finetune")
             continue
         start = search.start(rules.radius if run == 0 or rules.radius else None, distance, draws)
-        if run == 0 and tried:
-            anywhere = search.start(1.0, distance, draws)
-            start = torch.where(expand(search.best.found, start), start, anywhere)
-        _play(search, rules, rival, count, start, distance, "game")
+        scale = distance
+        if run == 0:
+            start = torch.where(expand(nearer, start), search.nearest(), start)
+            scale = torch.where(nearer, search.best.distance / 10, distance)
+        _play(search, rules, rival, count, start, scale, "game")
     delta = search.nearest()
     for _ in range(polish):
         delta, _ = search.locate(delta, rival, "polish")
