@@ -259,7 +259,7 @@ def ensemble(models: Sequence[Model], weights: Sequence[float] | None = None) ->
     share = torch.ones(len(models)) if weights is None else torch.as_tensor(weights)
     fit = share.shape == (len(models),) and bool(((share > 0) & share.isfinite()).all())
     if not models or not fit:
-        raise ValueError("ensemble() needs models and one positive weight, finite, for each of them")
+        raise ValueError("ensemble() needs models and one positive weight for each of them")
     logs = (share / share.sum()).log().tolist()
 
     def together(x: Tensor) -> Tensor:
