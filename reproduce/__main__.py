@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in given.names if name not in plan.items]:
         sys.exit(f"no {', '.join(unknown)}; there are {', '.join(plan.items)}")
     items = [plan.items[name] for name in given.names or plan.items]
+    models = {cell.model for item in items for cell in item.cells.values()}
+    if unknown := [name for name in plan.only if name not in models]:
+        sys.exit(f"no network {', '.join(unknown)} in these; there are {', '.join(sorted(models))}")
     tasks = plan.tasks(items)
     print(report(plan, items, tasks), flush=True)
     with alone(plan.work) as lock:

@@ -279,7 +279,13 @@ class Plan:
         record = read(self.record(subject))
         if record is None:
             return "new"
-        return self._changed(subject, record) or self._outdated(subject)
+        return self._changed(subject, record) or (None if self.trust else self.older(subject))
+
+    def older(self, subject: Network | Run) -> str | None:
+        """Which code has changed since a stored record was made; None if none has."""
+        record, now = read(self.record(subject)) or {}, self.versions(subject)
+        names = [name for name in now if record.get("code", {}).get(name) != now[name]]
+        return f"code of {', '.join(names)} changed" if names else None
 
     def current(self, run: Run) -> bool:
         """Whether the stored result is of these settings, whatever the code was."""
@@ -298,13 +304,6 @@ class Plan:
             if trained is not None and trained["weights"] != record["weights"]:
                 return "of other weights"
         return None
-
-    def _outdated(self, subject: Network | Run) -> str | None:
-        record, now = read(self.record(subject)) or {}, self.versions(subject)
-        if self.trust:
-            return None
-        names = [name for name in now if record.get("code", {}).get(name) != now[name]]
-        return f"code of {', '.join(names)} changed" if names else None
 
     def versions(self, subject: Network | Run) -> dict[str, str]:
         """Digests of the code that makes a record, by name."""

@@ -39,7 +39,7 @@ def table(plan: Plan, item: Item) -> Content:
         if len(known) > 1:
             entry["spread"][column] = statistics.stdev(known)
         entry["seeds"][column], entry["images"][column] = len(known), records[0]["images"]
-        entry["scale"] = sorted({*entry["scale"], *map(_scale, records)})
+        entry["scale"] = sorted({*entry["scale"], *_scales(plan, cell)})
     head = {"paper": item.paper, "table": item.id}
     spread = "standard deviation over seeds"
     return head | {"spread_meaning": spread, "rows": list(rows.values()), "missing": missing}
@@ -68,7 +68,7 @@ def figure(plan: Plan, item: Item) -> Content:
             ],
             "seeds": len(records),
             "images": records[0]["images"],
-            "scale": sorted(set(map(_scale, records))),
+            "scale": _scales(plan, cell),
         }
     head = {"paper": item.paper, "figure": item.id, "axes": settings["axes"]}
     head |= {
@@ -136,6 +136,20 @@ def _records(plan: Plan, cell: Cell) -> list[Content]:
     return [record for record in records if record is not None]
 
 
+def _scales(plan: Plan, cell: Cell) -> list[str]:
+    """What a reader must know of the scale of a cell's records."""
+    scales = set()
+    for run in filter(plan.current, plan.runs(cell)):
+        record = read(plan.record(run)) or {}
+        of, images = record["of"], record["images"]
+        part = "all" if images == of else f"{images:,} of"
+        whole = "" if record["complete"] else ", not the whole data set"
+        epochs = record["settings"]["training"]["training"]["epochs"]
+        text = f"{record['dataset']}{whole}: {part} {of:,} test images, trained for {epochs} epochs"
+        scales.add(text + ", by older code" * (plan.older(run) is not None))
+    return sorted(scales)
+
+
 def _value(record: Content, cell: Cell) -> float | None:
     value = record["values"].get(cell.value)
     if cell.at is not None and value is not None:
@@ -145,15 +159,6 @@ def _value(record: Content, cell: Cell) -> float | None:
 
 def _finite(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _scale(record: Content) -> str:
-    """What a reader must know of a record's scale."""
-    of, images = record["of"], record["images"]
-    part = "all" if images == of else f"{images:,} of"
-    whole = "" if record["complete"] else ", not the whole data set"
-    epochs = record["settings"]["training"]["training"]["epochs"]
-    return f"{record['dataset']}{whole}: {part} {of:,} test images, trained for {epochs} epochs"
 
 
 def _clean(plan: Plan, cell: Cell | None) -> Content | None:

@@ -312,6 +312,18 @@ def test_table_and_figure_are_means_over_seeds_and_tell_what_is_missing(bench):
     assert summary.draw(content)[:4] == b"\x89PNG"
 
 
+def test_what_older_code_made_is_marked(bench, network):
+    plan, run = bench.plan(), Run(network, "clean")
+    make(plan, run)
+    item = plan.items["convex-3"]
+    assert not any("older code" in scale for scale in summary.table(plan, item)["rows"][0]["scale"])
+    record = read(plan.record(run))
+    record["code"]["reproduce.measures.error"] = "0"
+    write_json(plan.record(run), record)
+    (scale,) = summary.table(plan, item)["rows"][0]["scale"]
+    assert scale.endswith("trained for 3 epochs, by older code")
+
+
 def test_json_is_short_and_without_infinity():
     content = {"a": math.inf, "b": [1.0, math.nan], "c": {"long": list(range(60)), "d": "é"}}
     text = dumps(content)

@@ -74,5 +74,7 @@ def test_a_table_from_nothing_in_spite_of_a_kill_and_then_only_what_changed(benc
     assert new["values"]["rho1"] > old["values"]["rho1"]
 
 
-def test_unknown_tables_are_refused(bench):
+def test_unknown_names_are_refused(bench):
     assert "no convex-9; there are convex-3" in bench.run("convex-9", "--dry", status=1)
+    told = bench.run("convex-3", "--only=vgg", "--dry", status=1)
+    assert "no network vgg in these; there are fcnn, nin" in told

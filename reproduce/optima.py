@@ -1,0 +1,140 @@
+"""Proven minimal perturbations of test images: ``python -m reproduce.optima digits/mlp-24``.
+
+They take seconds to minutes an image, so the book's chapters read them from
+``results/exact/NAME.json``: for each norm a list with one row for each of the first test images, in
+their order. A row whose network, settings and code are those of today is kept, and after each new
+one the file is written, so that a run that was stopped goes on where it was.
+"""
+
+import argparse
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from adv.lab import data, zoo
+from adv.theory.exact import Kind, minimal_perturbation
+from reproduce.files import read, write_json
+from reproduce.plan import ROOT
+from reproduce.versions import digest
+
+__all__ = ["main", "path", "solve"]
+
+RESULTS = ROOT / "reproduce" / "results"
+CODE = "adv.theory.exact.minimal_perturbation"
+
+
+def path(name: str, results: Path = RESULTS) -> Path:
+    """Where the rows of a network of the zoo are."""
+    return results / "exact" / f"{name.replace('/', '-')}.json"
+
+
+def solve(
+    name: str,
+    samples: int,
+    *,
+    norms: tuple[Kind, ...] = get_args(Kind),
+    time_limit: float = 120.0,
+    gap: float = 1e-4,
+    trust: bool = False,
+    results: Path = RESULTS,
+) -> dict[str, Any]:
+    """Solve the first test images of a network's data, or those that are missing.
+
+    Args:
+        name: a network of the zoo of Linear and ReLU layers.
+        samples: how many images, from the first; stored rows beyond stay.
+        norms: which norms.
+        time_limit: seconds for an image; what is proved by then is stored.
+        gap: relative difference of the bounds at which the search ends.
+        trust: keep rows that other code computed; they were proved as well.
+        results: the folder of results.
+
+    Returns:
+        The file's content: ``norms`` maps each norm to its rows ``index, label, reached, lower,
+        upper, optimal, seconds, nodes``. ``seconds`` are processor time; an infinite bound is null.
+    """
+    wanted = zoo.entry(name)
+    settings = {"time_limit": time_limit, "gap": gap, "bounds": [0.0, 1.0]}
+    origin = {
+        "network": name,
+        "weights": wanted.record["sha256"],
+        "data": wanted.data,
+        "split": "test",
+        "settings": settings,
+        "code": {CODE: digest(CODE)},
+    }
+    rows = _stored(path(name, results), origin, trust)
+    model, test = zoo.load(name), data.load(wanted.data).test
+    content: dict[str, Any] = {}
+    for norm in norms:
+        found = rows.setdefault(norm, [])
+        for index in range(len(found), min(samples, len(test))):
+            start = time.process_time()
+            proved = minimal_perturbation(
+                model, test.x[index], int(test.y[index]), norm=norm, time_limit=time_limit, gap=gap
+            )
+            found.append(
+                {
+                    "index": index,
+                    "label": int(test.y[index]),
+                    "reached": proved.label,
+                    "lower": proved.lower,
+                    "upper": proved.upper,
+                    "optimal": proved.optimal,
+                    "seconds": round(time.process_time() - start, 2),
+                    "nodes": proved.nodes,
+                }
+            )
+            content = origin | _provenance() | {"norms": rows}
+            write_json(path(name, results), content)
+            print(f"{norm} {index}: {proved.lower:.6g} to {proved.upper:.6g}", flush=True)
+    return content or read(path(name, results)) or {}
+
+
+def _stored(file: Path, origin: Mapping[str, Any], trust: bool) -> dict[str, list[dict[str, Any]]]:
+    """The rows that still hold: of this network, these settings and, unless trusted, this code."""
+    content = read(file) or {}
+    keys = [key for key in origin if not (trust and key == "code")]
+    return content["norms"] if all(content.get(key) == origin[key] for key in keys) else {}
+
+
+def _provenance() -> dict[str, Any]:
+    git = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    packages = {name: importlib.metadata.version(name) for name in ("adv", "numpy", "scipy")}
+    return {
+        "device": {"type": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **packages},
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reproduce.optima", description=__doc__)
+    parser.add_argument("name", help="a network of the zoo, such as digits/mlp-24")
+    parser.add_argument("--samples", type=int, default=40, help="test images, from the first")
+    parser.add_argument("--norms", default=",".join(get_args(Kind)), help="separated by commas")
+    parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for an image")
+    parser.add_argument("--gap", type=float, default=1e-4, help="relative gap to close")
+    parser.add_argument("--trust", action="store_true", help="keep rows of older code")
+    given = parser.parse_args(arguments)
+    solve(
+        given.name,
+        given.samples,
+        norms=tuple(given.norms.split(",")),
+        time_limit=given.time_limit,
+        gap=given.gap,
+        trust=given.trust,
+    )
+
+
+if __name__ == "__main__":
+    main()
