@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from itertools import count
 from numbers import Real
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 import torch
@@ -260,6 +260,8 @@ def _layers(model: nn.Module, size: int) -> tuple[Layer, ...]:
             if part.in_features != len(b):
                 raise ValueError(f"layer {name} takes {part.in_features} values, not {len(b)}")
             V = part.weight.detach().numpy()
+            if not np.isfinite(V).all():
+                raise ValueError(f"layer {name} has weights that are not finite")
             W, b = V @ W, V @ b + (0.0 if part.bias is None else part.bias.detach().numpy())
         elif isinstance(part, nn.ReLU):
             layers.append((W, b))
@@ -296,6 +298,9 @@ def _run(q: _Question, delta: Array) -> tuple[Array, list[Array]]:
     W, b = q.layers[-1]
     return W @ z + b, inputs
 
+
+LEADS = (0.0, 1e-13, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8)
+"""What points are asked to win by, relative to the logits, until rounding lets them."""
 
 APPROACH = 15
 """Steps of the search for a first point."""
@@ -418,13 +423,18 @@ class _Program:
         return result
 
 
-def _steps(program: _Program, q: _Question, radius: float, unit: float) -> tuple[slice, Array]:
+class _Steps(NamedTuple):
+    """Where the variables for delta stand, the matrix that makes delta of them, and l0's pixels."""
+
+    where: slice
+    spread: Array
+    pixels: slice | None = None
+
+
+def _steps(program: _Program, q: _Question, radius: float, unit: float) -> _Steps:
     r"""Variables for delta, in multiples of ``unit``, with their norm as the cost.
 
     linf: $t\ge|\delta_i|$. l1: positive and negative parts. l0: a binary for each pixel opens it.
-
-    Returns:
-        Where they stand, and the matrix that makes delta of them.
     """
     lo, hi = np.maximum(q.lo / unit, -radius / unit), np.minimum(q.hi / unit, radius / unit)
     limit, eye, size = min(radius, q.reach) / unit, np.eye(len(q.x)), len(q.x)
@@ -433,11 +443,11 @@ def _steps(program: _Program, q: _Question, radius: float, unit: float) -> tuple
         t = program.columns(np.zeros(1), np.array([limit]), cost=1)
         program.require((t, np.ones((size, 1))), (step, eye), low=0)
         program.require((t, np.ones((size, 1))), (step, -eye), low=0)
-        return step, unit * eye
+        return _Steps(step, unit * eye)
     if q.norm == "l1":
         step = program.columns(np.zeros(2 * size), np.append(hi, -lo), cost=1)
         program.require((step, np.ones((1, 2 * size))), high=limit)
-        return step, unit * np.hstack([eye, -eye])
+        return _Steps(step, unit * np.hstack([eye, -eye]))
     step = program.columns(q.lo, q.hi)
     opened = np.eye(q.pixel.max() + 1)[q.pixel]
     number = opened.shape[1]
@@ -445,7 +455,7 @@ def _steps(program: _Program, q: _Question, radius: float, unit: float) -> tuple
     program.require((step, eye), (pixels, -q.hi[:, None] * opened), high=0)
     program.require((step, eye), (pixels, -q.lo[:, None] * opened), low=0)
     program.require((pixels, np.ones((1, number))), high=limit)
-    return step, eye
+    return _Steps(step, eye, pixels)
 
 
 @dataclass(frozen=True)
@@ -453,12 +463,15 @@ class _Encoding:
     """The program for a target, and where delta and the states of the ReLUs stand in it."""
 
     program: _Program
-    step: slice
-    spread: Array
+    steps: _Steps
     relus: list[slice]
 
     def delta(self, solution: Array) -> Array:
-        return np.asarray(self.spread @ solution[self.step])
+        return np.asarray(self.steps.spread @ solution[self.steps.where])
+
+    def opened(self, solution: Array) -> Array | None:
+        """L0: which pixels may change; the solver may move others by its tolerance."""
+        return None if self.steps.pixels is None else solution[self.steps.pixels] > 0.5
 
     def states(self, solution: Array) -> list[Array]:
         return [solution[part] > 0.5 for part in self.relus]
@@ -482,9 +495,9 @@ def _encode(
     $a\le h-l(1-z)$ with a binary $z$, which is fixed where the sign of $h$ is.
     """
     program = _Program()
-    step, spread = _steps(program, q, radius, unit)
+    steps = _steps(program, q, radius, unit)
     (W, b), relus = q.layers[0], []
-    where, block, shift = step, W @ spread, W @ q.x + b
+    where, block, shift = steps.where, W @ steps.spread, W @ q.x + b
     for (low, high), (W, b) in zip(bounds, q.layers[1:], strict=True):
         on, low, high = low >= 0, np.minimum(low, 0), np.maximum(high, 0)
         eye = np.eye(len(low))
@@ -500,7 +513,7 @@ def _encode(
     scale = np.abs(wins).max(axis=1)
     scale[scale == 0] = 1.0
     program.require((where, wins / scale[:, None]), low=least / scale - SAFETY)
-    return _Encoding(program, step, spread, relus)
+    return _Encoding(program, steps, relus)
 
 
 # ------------------------------------------------------------------- one pattern, open or complete
@@ -568,12 +581,12 @@ def _region(
 def _shortest(q: _Question, region: _Region, unit: float) -> tuple[float, Array | None]:
     """Least l1 or linf norm in a region without open ReLUs, and where; infinite if it is empty."""
     program = _Program()
-    step, spread = _steps(program, q, math.inf, unit)
-    program.require((step, region.G @ spread), low=region.h)
+    steps = _steps(program, q, math.inf, unit)
+    program.require((steps.where, region.G @ steps.spread), low=region.h)
     result = program.solve(60.0)
     if result.x is None:
         return (math.inf if result.status == 2 else 0.0), None
-    return unit * (result.fun - SAFETY), np.clip(spread @ result.x[step], q.lo, q.hi)
+    return unit * (result.fun - SAFETY), np.clip(steps.spread @ result.x[steps.where], q.lo, q.hi)
 
 
 def _within(q: _Question, region: _Region, support: Array) -> tuple[float, Array | None]:
@@ -709,25 +722,34 @@ class _Search:
             self.upper, self.point, self.label = distance, point, target
         return True
 
-    def polish(self, target: int, states: list[Array], delta: Array) -> tuple[float, Array | None]:
+    def polish(
+        self, target: int, states: list[Array], delta: Array, opened: Array | None = None
+    ) -> tuple[float, Array | None]:
         """Solve one complete pattern for itself, and offer what is found.
 
         A solution lies on the boundary, where rounding decides; it is asked again for a little
         more than that until the network agrees.
 
+        Args:
+            target: the class to win.
+            states: of all ReLUs.
+            delta: a point nearby.
+            opened: l0 only: the pixels that may change; by default those that ``delta`` changes.
+
         Returns:
-            The least norm in the pattern's region, proven (in l0: by changing the pixels that
-            ``delta`` changes, and infinite where that does not do), and the point.
+            The least norm there, proven, infinite where the pattern's region has no such point;
+            and the point.
         """
         q, unit, least, found = self.q, self.unit(self.radius), math.inf, None
-        logits, _ = _run(q, delta)
-        for lead in (0.0, 1e-13, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8):
+        scale = np.abs(_run(q, delta)[0]).max()
+        support = np.isin(q.pixel, q.pixel[delta != 0]) if opened is None else opened[q.pixel]
+        for lead in LEADS[:1] if q.norm == "l0" else LEADS:
             region = _region(q, target, states, self.wide)
-            region.h[-region.wins :] += lead * np.abs(logits).max()
+            region.h[-region.wins :] += lead * scale
             if q.norm == "l2":
                 value, found = _nearest(q, region, unit)
             elif q.norm == "l0":
-                value, found = _within(q, region, np.isin(q.pixel, q.pixel[delta != 0]))
+                value, found = _within(q, region, support)
             else:
                 value, found = _shortest(q, region, unit)
             least = min(least, value)
@@ -814,9 +836,11 @@ class _Search:
             lower = max(lower, min(self.bound(result, radius, unit), settled))
             if result.x is None:
                 break
-            states, delta = encoding.states(result.x), encoding.delta(result.x)
-            settled = min(settled, self.polish(target, states, delta)[0])
-            excluded.append(encoding.binaries(result.x))
+            solution = result.x
+            states, delta = encoding.states(solution), encoding.delta(solution)
+            value, _ = self.polish(target, states, delta, encoding.opened(solution))
+            settled = min(settled, value)
+            excluded.append(encoding.binaries(solution))
         return lower
 
     # ------------------------------------------------------------------------------------------ l2
