@@ -115,10 +115,12 @@ RECOMMENDED = {
     "linf": Settings(step=(4.0, 0.04), momentum=0.5, feedback="sign"),
     "l2": Settings(step=(2.2, 0.022)),
     "l1": Settings(step=(1.0, 0.01), decay="linear"),
-    "l0": Settings(step=(1.0, 0.01), feedback="sign", gain=None, adapt=False),
+    "l0": Settings(step=(10.0, 0.3), feedback="sign", gain=None, adapt=False),
+    "l1/2": Settings(step=(1.0, 0.01), feedback="sign", gain=None, adapt=False),
+    "l2/3": Settings(step=(1.0, 0.01), feedback="sign", gain=None, adapt=False),
     "own": Settings(step=(0.1, 0.001), adapt=False),
 }
-"""Settings for each norm and for a ``Regularizer``; other penalties take those of l0."""
+"""Settings for each norm and for a ``Regularizer``; group_l0 takes those of l0."""
 
 THESIS = Settings(
     step=(1.0, 0.01),
