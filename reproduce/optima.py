@@ -40,7 +40,7 @@ def solve(
     *,
     norms: tuple[Kind, ...] = get_args(Kind),
     time_limit: float = 120.0,
-    gap: float = 1e-4,
+    gap: float = 1e-5,
     trust: bool = False,
     results: Path = RESULTS,
 ) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=40, help="test images, from the first")
     parser.add_argument("--norms", default=",".join(get_args(Kind)), help="separated by commas")
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for an image")
-    parser.add_argument("--gap", type=float, default=1e-4, help="relative gap to close")
+    parser.add_argument("--gap", type=float, default=1e-5, help="relative gap to close")
     parser.add_argument("--trust", action="store_true", help="keep rows of older code")
     given = parser.parse_args(arguments)
     solve(

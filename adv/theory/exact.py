@@ -120,7 +120,7 @@ def minimal_perturbation(
     target: int | Int[Tensor, " B"] | None = None,
     time_limit: float = 60.0,
     bounds: tuple[float, float] = (0.0, 1.0),
-    gap: float = 1e-4,
+    gap: float = 1e-5,
 ) -> Exact | list[Exact]:
     r"""The smallest perturbation that takes an input out of its class, with proof.
 
@@ -621,9 +621,9 @@ def _nearest(q: _Question, region: _Region, unit: float) -> tuple[float, Array]:
     Source: Lawson and Hanson (1974), *Solving Least Squares Problems*, chapter 23.
     """
     size, ceiling = len(q.x), region.ceiling
-    box = np.eye(2 * size, region.G.shape[1])
-    box[size:, :size] = -np.eye(size)
-    G, h = np.concatenate([region.G, box[: 2 * size]]), np.concatenate([region.h, q.lo, -q.hi])
+    box = np.zeros((2 * size, region.G.shape[1]))
+    box[:, :size] = np.vstack([np.eye(size), -np.eye(size)])
+    G, h = np.concatenate([region.G, box]), np.concatenate([region.h, q.lo, -q.hi])
     weight = np.concatenate([np.full(size, unit), ceiling / 1e-3])
     E = G * weight
     scale = np.linalg.norm(E, axis=1)

@@ -57,7 +57,9 @@ def test_the_stored_optima_are_of_this_network_and_hold():
         for index, row in enumerate(rows):
             assert (row["index"], row["label"]) == (index, int(test.y[index]))
             assert 0 <= row["lower"] <= row["upper"]
-            assert row["optimal"] == (row["lower"] >= row["upper"] * (1 - 1e-4))
+            assert row["optimal"] == (
+                row["lower"] >= row["upper"] * (1 - stored["settings"]["gap"])
+            )
     for norm, index in (("linf", 2), ("l0", 1)):
         row = stored["norms"][norm][index]
         again = minimal_perturbation(model, test.x[index], int(test.y[index]), norm=norm)

@@ -127,7 +127,7 @@ def enumerate_patterns(model, x, y, kind, target=None):
 
 
 @pytest.mark.parametrize("kind", NORMS)
-@pytest.mark.parametrize(("seed", "sizes"), [(0, (3, 3, 3)), (2, (3, 2, 3, 3)), (5, (4, 3, 2))])
+@pytest.mark.parametrize(("seed", "sizes"), [(0, (3, 3, 3)), (2, (3, 2, 2, 3)), (5, (4, 3, 2))])
 def test_equals_the_enumeration_of_all_patterns(kind, seed, sizes):
     model, x, y = scene(seed, *sizes)
     best = enumerate_patterns(model, x, y, kind)
@@ -159,7 +159,7 @@ def test_targeted_equals_the_enumeration(kind):
 
 
 @pytest.mark.parametrize("kind", NORMS)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_grid_point_is_nearer(kind, seed):
     """Networks too wide to enumerate, in the plane: all points of a fine grid."""
     model, x, y = scene(seed, 2, 12, 12, 3)
@@ -406,7 +406,7 @@ def test_the_time_limit_leaves_bounds(digits, kind):
         cut = minimal_perturbation(model, x, y, norm=kind, time_limit=seconds)
         assert cut.lower <= full.upper
         assert cut.upper >= full.lower
-        assert cut.optimal == (cut.lower >= cut.upper * (1 - 1e-4))
+        assert cut.optimal == (cut.lower >= cut.upper * (1 - 1e-5))
     short = minimal_perturbation(model, x, y, norm=kind, time_limit=0.01)
     assert not short.optimal
     assert short.seconds < full.seconds + 1
