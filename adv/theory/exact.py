@@ -76,7 +76,7 @@ class Exact:
 
     @property
     def gap(self) -> float:
-        """1 - lower/upper: 0 where the bounds meet, 1 where nothing is proved."""
+        """The part of ``upper`` that is open, from 0 where the bounds meet to 1."""
         return 0.0 if self.lower == self.upper else 1 - self.lower / self.upper
 
 
