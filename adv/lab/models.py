@@ -515,7 +515,7 @@ def join_color(
         chroma: (B, 2, H, W), in [-1/2, 1/2].
 
     Returns:
-        (B, 3, H, W) images. Not every pair is a color: where it is none, values leave [0, 1], and
+        (B, 3, H, W) images. Not every pair is a color. Where it is none, values leave [0, 1], and
         a picture needs ``clamp(0, 1)``.
 
     Raises:
