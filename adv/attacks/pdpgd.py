@@ -161,9 +161,9 @@ def pdpgd(
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
         x: (B, ...) inputs inside ``bounds``.
         y: (B,) true labels, or targets where ``targeted``.
-        norm: what to minimize: ``"linf"``, ``"l2"``, ``"l1"``, ``"l0"`` (values), ``"group_l0"``
-            (pixels of (B, C, H, W), all channels together), ``"l1/2"``, ``"l2/3"``, or a
-            ``Regularizer``.
+        norm: what to minimize: ``"linf"``, ``"l2"``, ``"l1"``, ``"l0"`` or ``"group_l0"`` (both the
+            number of pixels, as ``geometry.pixels`` counts them: to count the values of color
+            images give them flat, (B, d)), ``"l1/2"``, ``"l2/3"``, or a ``Regularizer``.
         steps: forward passes of each sample, and as many backward passes, all phases together.
         restarts: games from random points, which share the last phase with the one from ``x``.
         settings: ``"recommended"``, ``"thesis"`` (random start, no scouting, finetuning within the
@@ -189,7 +189,7 @@ def pdpgd(
     """
     check_inputs(model, x, y, bounds=bounds, steps=steps)
     check_count("restarts", restarts + 1 if type(restarts) is int else restarts)
-    draws, penalty = generator(seed), _penalty(norm)
+    draws, penalty = generator(seed), _penalty(norm, x)
     rules = _settings(settings, penalty)
     with eval_mode(model):
         search = _Search(model, x.detach(), y, penalty, targeted, bounds, steps, observe)
@@ -752,9 +752,12 @@ def _prox_linf(
     return z if box is None else torch.clamp(z, *box)
 
 
-def _penalty(norm: Any) -> _Penalty:
+def _penalty(norm: Any, x: Tensor) -> _Penalty:
+    """What a norm's name stands for; the counts are of pixels where ``x`` has channels."""
     if isinstance(norm, Regularizer):
         return _Penalty("own", norm)
+    if norm in ("l0", "group_l0"):
+        return _Penalty("group_l0" if x.ndim == 4 and x.shape[1] > 1 else "l0")
     if isinstance(norm, str) and norm in get_args(Penalty):
         return _Penalty(norm)
     if isinstance(norm, str):

@@ -58,6 +58,7 @@ Attack = Callable[..., Tensor]
 CHUNK = 500
 FINITE = (-sys.float_info.max, sys.float_info.max)
 SYMBOLS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$", "l0": "pixels"}
+SYMBOLS["group_l0"] = SYMBOLS["l0"]
 
 
 # ------------------------------------------------------------------------------------- at points
@@ -136,6 +137,7 @@ def distances(
     Returns:
         (N,) tensors in the units of ``x``, called ``"linf"``, ``"l2"``, ``"l1"``; and the numbers
         of values (``"l0"``) and of pixels (``"pixels"``, any channel of (N, C, H, W)) that differ.
+        (A radius or minimal norm under l0 is a number of pixels.)
 
     Raises:
         ValueError: shapes differ.
@@ -356,8 +358,8 @@ def minimal_norms(
         x: (N, ...) inputs inside the bounds.
         y: (N,) true labels.
         attack: ``(model, x, y, *, ...) -> x_adv``; it gets the correctly classified samples only.
-        options: ``norm``, ``bounds``, ``seed``, ``chunk``, ``memory`` and the attack's settings, as
-            ``perturb`` takes them.
+        options: ``norm`` (l0 or group_l0 count pixels), ``bounds``, ``seed``, ``chunk``, ``memory``
+            and the attack's settings, as ``perturb`` takes them.
 
     Returns:
         (N,) distances in the units of ``x`` (pixels under l0), 0 where the sample is misclassified
@@ -373,7 +375,8 @@ def minimal_norms(
     if correct.any():
         x_adv = perturb(model, x[correct], y[correct], attack, **options)
         found = success(model, x_adv, y[correct], chunk=chunk)
-        distance = _length(x_adv - x[correct], _norm_of(attack, options.get("norm")))
+        norm = _norm_of(attack, options.get("norm"))
+        distance = _length(x_adv - x[correct], "l0" if str(norm) == "group_l0" else norm)
         norms[correct] = torch.where(found, distance.to(x.dtype), math.inf)
     return norms
 

@@ -153,17 +153,19 @@ def test_in_the_box_it_reaches_the_solver_s_optimum(norm, targeted):
     assert (found <= best * (1.03 if targeted else 1.01)).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 4, 6), (24,), (4, 6)])
 @pytest.mark.parametrize("kind", ["l0", "group_l0"])
-def test_counts_are_minimal_on_affine_models(kind):
+def test_counts_are_minimal_on_affine_models(kind, shape):
+    """Of pixels where there are channels, of values elsewhere, under either name."""
     model, flat = affine(3, 24), inputs(8, 24)
     network = nn.Sequential(nn.Flatten(), model)
-    x = flat.reshape(8, 2, 3, 4)
+    x, color = flat.reshape(8, *shape), shape == (2, 3, 4)
     y = model(flat).argmax(1)
     fewest = torch.full((8,), 99.0, dtype=torch.float64)
     for j in range(3):
         w = (model.weight[y] - model.weight[j]).reshape(x.shape)
         gain = torch.maximum(w * x, -w * (1 - x))
-        gain = gain.sum(1).flatten(1) if kind == "group_l0" else gain.flatten(1)
+        gain = gain.sum(1).flatten(1) if color else gain.flatten(1)
         f = model(flat)
         gap = f.gather(1, y[:, None])[:, 0] - f[:, j]
         total = gain.sort(dim=1, descending=True).values.cumsum(dim=1)
@@ -171,7 +173,7 @@ def test_counts_are_minimal_on_affine_models(kind):
         fewest = torch.where(y == j, fewest, torch.minimum(fewest, count.double()))
     x_adv = pdpgd(network, x, y, norm=kind, steps=60)
     assert bool(is_adversarial(network(x_adv), y).all())
-    changed = (x_adv != x).any(dim=1) if kind == "group_l0" else x_adv != x
+    changed = (x_adv != x).any(dim=1) if color else x_adv != x
     assert torch.equal(changed.flatten(1).sum(dim=1).double(), fewest)
 
 

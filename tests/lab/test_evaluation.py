@@ -100,6 +100,33 @@ def test_minimal_norm_attack_gives_the_same_curve(problem):
     )
 
 
+@pytest.mark.parametrize("norm", ["l0", "group_l0"])
+def test_both_counts_of_minimal_norms_are_of_pixels(problem, norm):
+    _, x, y, _, _ = problem
+    color = torch.cat([x, x, x], dim=1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * D, 2)).double().eval()
+    model[1].weight.data = torch.zeros(2, 3 * D).double()
+    model[1].weight.data[1, 0] = 0.5  # class 1 wins where the first value is above 1/2 + 1/8
+    model[1].bias.data = torch.tensor([0.3125, 0.0]).double()
+    seen = []
+
+    def brighten(model, x, y, *, norm, bounds=(0.0, 1.0), seed=0):
+        """Two values of one pixel, and one of another."""
+        seen.append(norm)
+        x = x.clone()
+        x[:, :2, 0, 0], x[:, 0, 1, 1] = 1.0, 0.0
+        return x
+
+    norms = ev.minimal_norms(model, color, 0 * y, brighten, norm=norm)
+    assert norms.tolist() == [2.0] * N
+    assert seen == [norm]
+    assert ev.robust_accuracy(model, color, 0 * y, brighten, [1, 2], norm=norm) == [1.0, 0.0]
+    table, figure = ev.report({"m": model}, color, 0 * y, {"a": brighten}, [1, 2], norm=norm)
+    assert table.loc[("m", "a")].tolist() == [100.0, 100.0, 0.0]
+    assert figure.axes[0].get_xlabel() == r"$\varepsilon$ (pixels)"
+    mpl.pyplot.close(figure)
+
+
 def test_nothing_found_is_infinite(problem):
     model, x, y, _, m = problem
 
