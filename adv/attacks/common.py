@@ -431,6 +431,62 @@ def check_inputs(
         raise ValueError(f"labels lie in 0..{logits.shape[1] - 1}, but y spans {first}..{last}")
 
 
+def check_outputs(
+    model: Model,
+    x: Float[Tensor, "B ..."],
+    y: Float[Tensor, "B ..."] | None,
+    bounds: Bounds,
+    eps: float,
+    **counts: int,
+) -> None:
+    """As ``check_inputs``, for a model of any output, and targets shaped like it.
+
+    Args:
+        model: ``(B, ...) -> (B, ...)``, of any output shape.
+        x: (B, ...) floating-point inputs inside ``bounds``.
+        y: targets shaped like the output, or None.
+        bounds: smallest and largest value of an input.
+        eps: radius, >= 0.
+        counts: what is counted from 1.
+
+    Raises:
+        TypeError, ValueError: as ``check_inputs``.
+    """
+    if not callable(model):
+        raise TypeError(f"model is a function from inputs to outputs, not {type(model).__name__}")
+    check_range(x, bounds)
+    check_number("eps", eps)
+    for name, value in counts.items():
+        check_count(name, value)
+    try:
+        with torch.no_grad(), eval_mode(model):
+            out = model(x[:1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model does not take x[:1], {x.dtype} of shape {tuple(x[:1].shape)} on "
+            f"{x.device}: {error}"
+        ) from error
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        given = out.dtype if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"the model must return a floating-point tensor, not {given}")
+    if out.ndim < 2 or len(out) != 1:
+        raise ValueError(f"the model must return (B, ...), not {tuple(out.shape)} for one sample")
+    if not bool(out.isfinite().all()):
+        raise ValueError("the model's output is not finite on the first sample")
+    if y is None:
+        return
+    if not isinstance(y, Tensor) or y.dtype != out.dtype:
+        given = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y is a {out.dtype} tensor shaped like the output, or None, not {given}")
+    if y.shape != (len(x), *out.shape[1:]) or y.device != out.device:
+        raise ValueError(
+            f"y is shaped like the output, {(len(x), *out.shape[1:])} on {out.device}, "
+            f"not {tuple(y.shape)} on {y.device}"
+        )
+    if not bool(y.isfinite().all()):
+        raise ValueError("y is not finite")
+
+
 def check_range(x: Float[Tensor, "B ..."], bounds: Bounds) -> None:
     """Raise unless ``x`` is a floating-point batch inside ``bounds``, to 1e-6.
 

@@ -25,6 +25,7 @@ from adv.attacks.common import (
     check_count,
     check_inputs,
     check_number,
+    check_outputs,
     check_range,
     eval_mode,
     expand,
@@ -115,7 +116,7 @@ def quadratic(
 
     Source: Balda et al. (2018), (12)-(15) and (20); chapter ``regression``.
     """
-    _check(model, x, y, bounds, eps, steps=steps, restarts=restarts)
+    check_outputs(model, x, y, bounds, eps, steps=steps, restarts=restarts)
     check_number("tol", tol)
     p, _ = exponent(norm), generator(seed)
     if rule is not None and (p != math.inf or rule not in get_args(Rule)):
@@ -209,7 +210,7 @@ def linear(
     Source: Balda et al. (2018), (16) and Algorithm 1; E14 for the steps of full length; chapter
     ``regression``.
     """
-    _check(model, x, y, bounds, eps, steps=steps)
+    check_outputs(model, x, y, bounds, eps, steps=steps)
     radius = eps if dither is None else dither
     check_number("dither", radius)
     with eval_mode(model):
@@ -303,7 +304,7 @@ def subset(
     if kind not in ("linear", "quadratic") or (kind == "quadratic" and loss is not None):
         raise ValueError(f"kind is 'linear', or 'quadratic' without a loss, not {kind!r}")
     if loss is None:
-        _check(model, x, y, bounds, eps, count=count)
+        check_outputs(model, x, y, bounds, eps, count=count)
     else:
         labels: Any = y
         check_inputs(model, x, labels, bounds=bounds, eps=eps, count=count)
@@ -390,45 +391,6 @@ def random_perturbation(
 
 
 # ---------------------------------------------------------------------------------- shared steps
-
-
-def _check(
-    model: Model, x: Tensor, y: Tensor | None, bounds: Bounds, eps: float, **counts: int
-) -> None:
-    """As ``check_inputs``, for targets shaped like the output."""
-    if not callable(model):
-        raise TypeError(f"model is a function from inputs to outputs, not {type(model).__name__}")
-    check_range(x, bounds)
-    check_number("eps", eps)
-    for name, value in counts.items():
-        check_count(name, value)
-    try:
-        with torch.no_grad(), eval_mode(model):
-            out = model(x[:1])
-    except RuntimeError as error:
-        raise ValueError(
-            f"the model does not take x[:1], {x.dtype} of shape {tuple(x[:1].shape)} on "
-            f"{x.device}: {error}"
-        ) from error
-    if not isinstance(out, Tensor) or not out.is_floating_point():
-        given = out.dtype if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(f"the model must return a floating-point tensor, not {given}")
-    if out.ndim < 2 or len(out) != 1:
-        raise ValueError(f"the model must return (B, ...), not {tuple(out.shape)} for one sample")
-    if not bool(out.isfinite().all()):
-        raise ValueError("the model's output is not finite on the first sample")
-    if y is None:
-        return
-    if not isinstance(y, Tensor) or y.dtype != out.dtype:
-        given = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"y is a {out.dtype} tensor shaped like the output, or None, not {given}")
-    if y.shape != (len(x), *out.shape[1:]) or y.device != out.device:
-        raise ValueError(
-            f"y is shaped like the output, {(len(x), *out.shape[1:])} on {out.device}, "
-            f"not {tuple(y.shape)} on {y.device}"
-        )
-    if not bool(y.isfinite().all()):
-        raise ValueError("y is not finite")
 
 
 class _Frame:
