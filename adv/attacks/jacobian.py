@@ -7,11 +7,12 @@ matrices; ``regression`` makes attacks of them.
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +22,9 @@ from adv.attacks.common import (
     Best,
     Model,
     Observe,
+    check_count,
     check_number,
+    check_range,
     eval_mode,
     expand,
     generator,
@@ -44,6 +47,8 @@ __all__ = [
 
 CHUNK = 2**20
 """Numbers in a block of Jacobian columns: 4 MB in float32; the layers between take a multiple."""
+FINITE = (-sys.float_info.max, sys.float_info.max)
+"""Bounds of points that have none."""
 
 
 # ----------------------------------------------------------------------------------- the Jacobian
@@ -64,13 +69,21 @@ class Jacobian:
         x: the points, (B, ...).
         value: $f(x)$, (B, ...).
 
+    Raises:
+        TypeError: no function, points or outputs that are not floating-point tensors.
+        ValueError: no points, NaN, or not one output for each point. So do the methods and
+            functions below for what does not fit in type or shape.
+
     Source: Balda et al. (2018), section 3; chapter ``regression``.
     """
 
     def __init__(self, model: Model, x: Float[Tensor, "B ..."]) -> None:
+        if not callable(model):
+            raise TypeError(f"model is a function of points (B, ...), not {type(model).__name__}")
+        check_range(x, FINITE)
         with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
             self.x = x.detach().clone().requires_grad_()
-            self._out = model(self.x)
+            self._out = _outputs(model(self.x), len(x))
             self._w = torch.zeros_like(self._out).requires_grad_()
             self._pulled = _products(self._out, self.x, self._w[None], create_graph=True)[0]
         self.value = self._out.detach()
@@ -81,17 +94,18 @@ class Jacobian:
         """The operator of given matrices; an operator stays what it is."""
         if isinstance(matrix, Jacobian):
             return matrix
-        if matrix.ndim != 3:
-            raise ValueError(f"expected matrices (B, K, d), got shape {tuple(matrix.shape)}")
+        _check_matrices(matrix)
         start = torch.zeros_like(matrix[:, 0])
         return cls(lambda z: torch.einsum("bkd,bd->bk", matrix.detach().clone(), z), start)
 
     def jvp(self, u: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """$J u$, shaped like the output; ``u`` is shaped like the input, or flat."""
+        _check_like("u", u, self.x, flat=True)
         return _products(self._pulled, self._w, u.reshape(1, *self.x.shape))[0]
 
     def vjp(self, w: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         r"""$J^\top w$, shaped like the input; ``w`` is shaped like the output, or flat."""
+        _check_like("w", w, self.value, flat=True)
         return _products(self._out, self.x, w.reshape(1, *self._out.shape))[0]
 
     def gram(self, u: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
@@ -105,7 +119,7 @@ class Jacobian:
 
     def columns(self, indices: Int[Tensor, " n"] | Int[Tensor, "B n"]) -> Float[Tensor, "B K n"]:
         """The columns of some inputs, the same for all samples or others for each."""
-        indices = indices.expand(len(self.x), -1)
+        indices = self._indices(indices)
         parts = [
             self._units(self._pulled, self._w, part) for part in indices.split(self.chunk, dim=1)
         ]
@@ -113,7 +127,7 @@ class Jacobian:
 
     def rows(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "B n d"]:
         """The rows of some outputs."""
-        indices = indices.expand(len(self.x), -1)
+        indices = self._indices(indices)
         parts = [self._units(self._out, self.x, part) for part in indices.split(self.chunk, dim=1)]
         return torch.cat(parts).transpose(0, 1)
 
@@ -135,10 +149,22 @@ class Jacobian:
     def _count(self, n: int) -> Tensor:
         return torch.arange(n, device=self.x.device)
 
+    def _indices(self, indices: Tensor) -> Int[Tensor, "B n"]:
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+            raise TypeError(f"indices are an int64 tensor (n,) or (B, n), not {_kind(indices)}")
+        if not indices.numel() or indices.shape[:-1] not in ((), (1,), (len(self.x),)):
+            raise ValueError(
+                f"indices have shape (n,) or ({len(self.x)}, n), not {tuple(indices.shape)}"
+            )
+        return indices.expand(len(self.x), -1)
+
     def _units(self, outputs: Tensor, inputs: Tensor, indices: Int[Tensor, "B n"]) -> Tensor:
         """Products (n, B, m) with the unit vectors of the ``indices``."""
         units = outputs.new_zeros(indices.shape[1], len(indices), outputs[0].numel())
-        units.scatter_(2, indices.T[:, :, None], 1.0)
+        try:
+            units.scatter_(2, indices.T[:, :, None], 1.0)
+        except RuntimeError as error:
+            raise ValueError(f"indices lie in 0..{units.shape[2] - 1}: {error}") from error
         return _products(outputs, inputs, units.reshape(-1, *outputs.shape)).flatten(2)
 
 
@@ -157,6 +183,42 @@ def _products(outputs: Tensor, inputs: Tensor, vectors: Tensor, **options: bool)
             warnings.filterwarnings("ignore", message=".*batching rule.*")
             return grad(vectors, is_grads_batched=True)
     return torch.stack([grad(v) for v in vectors])
+
+
+def _outputs(out: Any, count: int) -> Tensor:
+    """A model's outputs, if they are a batch of so many."""
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        raise TypeError(f"the model returns a floating-point tensor (B, ...), not {_kind(out)}")
+    if out.shape[:1] != (count,) or not out.numel():
+        raise ValueError(
+            f"the model returns ({count}, ...) for {count} points, not {tuple(out.shape)}"
+        )
+    return out
+
+
+def _check_matrices(matrix: Any, shape: str = "(B, K, d)") -> None:
+    """Raise unless this is a batch of finite matrices."""
+    if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"expected float32 or float64 matrices {shape}, got {_kind(matrix)}")
+    if matrix.ndim != 3 or not matrix.numel():
+        raise ValueError(f"expected matrices {shape}, got shape {tuple(matrix.shape)}")
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("the matrices have entries that are not finite")
+
+
+def _check_like(name: str, values: Any, like: Tensor, flat: bool = False) -> None:
+    """Raise unless there is one vector for each sample, shaped like another batch, or flat."""
+    if not isinstance(values, Tensor) or values.dtype != like.dtype:
+        raise TypeError(f"{name} is a {like.dtype} tensor, not {_kind(values)}")
+    if values.shape != like.shape and not (flat and values.shape == like.flatten(1).shape):
+        hint = ", or that flat," if flat else ","
+        raise ValueError(f"{name} has shape {tuple(like.shape)}{hint} not {tuple(values.shape)}")
+    if values.device != like.device:
+        raise ValueError(f"{name} is on {values.device}, but the operator on {like.device}")
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 # ------------------------------------------------------- the quadratic problem in the l2 ball
@@ -241,9 +303,17 @@ def ascend(
     Source: Balda et al. (2018), E14; chapter ``regression``.
     """
     J, delta = Jacobian.of(jacobian), start
+    check_count("steps", steps)
+    check_number("tol", tol)
+    _check_like("start", start, J.x)
+    if offset is not None:
+        _check_like("offset", offset, J.value)
+    if not callable(oracle):
+        raise TypeError(f"oracle is a function of directions (B, ...), not {_kind(oracle)}")
     for step in range(steps):
         image = J.jvp(delta) if offset is None else offset + J.jvp(delta)
         ahead = oracle(J.vjp(image))
+        _check_like("the oracle's direction", ahead, J.x)
         size = norm_of(ahead, "l2")
         moved = norm_of(ahead - delta, "l2") / torch.where(size > 0, size, 1.0)
         delta = ahead
@@ -276,6 +346,8 @@ def trust_region(
     """
     check_number("eps", eps)
     J = jacobian.dense() if isinstance(jacobian, Jacobian) else jacobian
+    _check_matrices(J)
+    _check_like("b", b, J[:, 0])
     values, vectors = torch.linalg.eigh(J.transpose(1, 2) @ J)
     gap = values[:, -1:] - values
     c = torch.einsum("bij,bi->bj", vectors, b)
@@ -321,6 +393,7 @@ def greedy_signs(
     J = Jacobian.of(jacobian)
     order = J.column_squares.argsort(dim=1, descending=True, stable=True)
     total = torch.zeros_like(J.value) if offset is None else offset
+    _check_like("offset", total, J.value)
     total, signs = total.flatten(1).clone(), torch.empty_like(order, dtype=J.value.dtype)
     for part in order.split(J.chunk, dim=1):
         for z, column in zip(part.unbind(1), J.columns(part).unbind(2), strict=True):
@@ -351,6 +424,11 @@ def flip_search(
     Source: chapter ``regression``.
     """
     J = Jacobian.of(jacobian)
+    _check_like("signs", signs, J.x.flatten(1))
+    if not bool((signs.abs() == 1).all()):
+        raise ValueError("signs are 1 or -1, and some are not")
+    if offset is not None:
+        _check_like("offset", offset, J.value)
     squares, image = J.column_squares, J.jvp(signs)
     slope = J.vjp(image if offset is None else image + offset).flatten(1)
     rounding = 100 * torch.finfo(slope.dtype).eps * slope.abs().amax(dim=1, keepdim=True)
@@ -382,6 +460,9 @@ def best_signs(
 
     Source: Balda et al. (2018), (19); chapter ``regression``.
     """
+    _check_matrices(columns, "(B, K, Z)")
+    if offset is not None:
+        _check_like("offset", offset, columns[:, :, 0])
     Z = columns.shape[2]
     if Z > 20:
         raise ValueError(f"best_signs() tries all sign vectors of at most 20 columns, not {Z}")
@@ -416,7 +497,11 @@ def sign_bound(gram: Float[Tensor, "B Z Z"], *, steps: int = 500) -> Float[Tenso
 
     Source: Nesterov (1998) for the factor; chapter ``regression``.
     """
+    _check_matrices(gram, "(B, Z, Z)")
+    check_count("steps", steps)
     Z = gram.shape[-1]
+    if gram.shape[1] != Z or not torch.allclose(gram, gram.mT, atol=1e-5 * float(gram.abs().max())):
+        raise ValueError(f"expected symmetric matrices (B, Z, Z), got shape {tuple(gram.shape)}")
     rank = math.isqrt(2 * Z) + 2
     shape = (len(gram), Z, rank)
     V = torch.randn(shape, dtype=gram.dtype, generator=generator(0)).to(gram.device)

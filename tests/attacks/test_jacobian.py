@@ -418,6 +418,83 @@ def test_the_bound_is_above_and_near_the_semidefinite_one():
         assert float(best[i]) >= 2 / math.pi * solved
 
 
+# bad input
+
+MATRICES, OFFSET, STEP = gaussian(2, 3, 5), gaussian(2, 3), gaussian(2, 5)
+IMAGES = Jacobian(lambda z: torch.relu(z), gaussian(2, 1, 2, 2))
+POINTS = gaussian(2, 5)
+
+
+def go(matrix=MATRICES, offset=OFFSET, start=STEP, oracle=torch.sign, **options):
+    return ascend(matrix, offset, start, oracle, **options)
+
+
+BAD = {
+    TypeError: [
+        ("model", lambda: Jacobian(None, POINTS)),
+        ("float32 or float64", lambda: Jacobian(torch.sin, POINTS.long())),
+        ("model returns", lambda: Jacobian(lambda z: (z, z), POINTS)),
+        ("matrices .* str", lambda: singular("a")),
+        ("matrices .*int64", lambda: greedy_signs(MATRICES.long())),
+        ("matrices .* Jacobian", lambda: best_signs(Jacobian.of(MATRICES))),
+        ("matrices .* NoneType", lambda: sign_bound(None)),
+        ("matrices .* str", lambda: trust_region("a", STEP, 1.0)),
+        ("u is a", lambda: Jacobian.of(MATRICES).jvp(STEP.float())),
+        ("w is a", lambda: Jacobian.of(MATRICES).vjp(None)),
+        ("int64", lambda: Jacobian.of(MATRICES).columns(torch.ones(2))),
+        ("int64", lambda: Jacobian.of(MATRICES).rows(0)),
+        ("steps", lambda: singular(MATRICES, steps=1.5)),
+        ("tol", lambda: go(tol="a")),
+        ("oracle", lambda: go(oracle=None)),
+        ("start", lambda: go(start=None)),
+        ("offset", lambda: go(offset=OFFSET.float())),
+        ("b is a", lambda: trust_region(MATRICES, STEP.float(), 1.0)),
+        ("signs", lambda: flip_search(MATRICES, torch.ones(2, 5, dtype=torch.long))),
+    ],
+    ValueError: [
+        ("NaN", lambda: Jacobian(torch.sin, POINTS * math.nan)),
+        ("x has shape", lambda: Jacobian(torch.sin, POINTS[:0])),
+        ("for 2 points", lambda: Jacobian(lambda z: z[:1], POINTS)),
+        (r"\(B, K, d\)", lambda: singular(MATRICES[0])),
+        (r"\(B, K, d\)", lambda: trust_region(MATRICES[0], STEP, 1.0)),
+        (r"\(B, K, Z\)", lambda: best_signs(MATRICES[0])),
+        (r"\(B, K, Z\)", lambda: best_signs(MATRICES[:, :, :0])),
+        (r"\(B, Z, Z\)", lambda: sign_bound(torch.eye(3))),
+        ("symmetric", lambda: sign_bound(MATRICES)),
+        ("symmetric", lambda: sign_bound(MATRICES[:, :, :3])),
+        ("not finite", lambda: best_signs(MATRICES / 0)),
+        ("u has shape", lambda: Jacobian.of(MATRICES).jvp(OFFSET)),
+        ("w has shape", lambda: Jacobian.of(MATRICES).vjp(OFFSET.T)),
+        (r"0\.\.4", lambda: Jacobian.of(MATRICES).columns(torch.tensor([5]))),
+        (r"\(2, n\)", lambda: Jacobian.of(MATRICES).rows(torch.zeros(3, 2, dtype=torch.long))),
+        ("indices", lambda: Jacobian.of(MATRICES).rows(torch.zeros(0, dtype=torch.long))),
+        ("steps", lambda: singular(MATRICES, steps=0)),
+        ("tol", lambda: singular(MATRICES, tol=math.nan)),
+        ("start", lambda: go(start=STEP[:1])),
+        ("start", lambda: go(IMAGES, None, gaussian(2, 4))),  # flat, but steps are not
+        ("offset", lambda: go(offset=STEP)),
+        ("direction", lambda: go(oracle=lambda g: g[:, 1:])),
+        ("b has shape", lambda: trust_region(MATRICES, STEP[:1], 1.0)),
+        ("eps", lambda: trust_region(MATRICES, STEP, -1.0)),
+        ("offset", lambda: greedy_signs(MATRICES, STEP)),
+        ("offset", lambda: best_signs(MATRICES, OFFSET[:1])),
+        ("offset", lambda: flip_search(MATRICES, torch.ones_like(STEP), STEP)),
+        ("signs has shape", lambda: flip_search(IMAGES, torch.ones_like(IMAGES.x))),
+        ("1 or -1", lambda: flip_search(MATRICES, STEP)),
+        ("20 columns", lambda: best_signs(gaussian(1, 2, 21))),
+        ("steps", lambda: sign_bound(torch.eye(3)[None], steps=0)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"), [(error, *case) for error in BAD for case in BAD[error]]
+)
+def test_bad_input_is_refused(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_makes_no_difference():
