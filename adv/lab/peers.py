@@ -1,0 +1,356 @@
+"""Other libraries' minimal-norm attacks, called as ours are, to be compared with them.
+
+Foolbox and ART are imported where an attack is called, so that nothing else needs them. Passes are
+counted from outside, by ``evaluation.counting``, as for every attack.
+"""
+
+import importlib
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from adv.attacks.common import (
+    Bounds,
+    check_inputs,
+    eval_mode,
+    expand,
+    generator,
+    is_adversarial,
+)
+from adv.geometry import norm as length
+from adv.geometry import project
+
+__all__ = ["LIBRARIES", "attack", "names"]
+
+LIBRARIES = ("adversarial-robustness-toolbox", "foolbox")
+"""The packages of the extra ``peers``, which the attacks come from."""
+SEARCHES = 9
+"""Weights that Carlini-Wagner and EAD try, as their authors do."""
+OVERSHOOT = (0.0, 1e-4, 1e-3, 1e-2)
+"""By what shares a point is pushed on that is adversarial for its library, but not beyond ties."""
+
+Settings = Mapping[str, Any]
+Project = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What an attack is run with: the inputs that it may change, and how long."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    norm: str
+    steps: int
+    bounds: Bounds
+    settings: Settings
+
+
+# ----------------------------------------------------------------------------------- the attacks
+
+
+def _fmn(call: _Call) -> Tensor:
+    kind = {"linf": "LInf", "l2": "L2", "l1": "L1", "l0": "L0"}[call.norm]
+    mend = {"l2": _project_l2, "l0": _project_l0}.get(call.norm)
+    return _foolbox(call, f"{kind}FMNAttack", mend=mend, steps=call.steps)
+
+
+def _project_l2(_own: Project, x: Any, x0: Any, epsilon: Any) -> Any:
+    """Onto the ball. Foolbox 3.3.4 divides a norm by itself there, and so never projects."""
+    delta = project(x.raw - x0.raw, "l2", epsilon.raw)
+    return type(x)(x0.raw + delta)
+
+
+def _project_l0(own: Project, x: Any, x0: Any, epsilon: Any) -> Any:
+    """Its own, which fails where as many values may change as there are."""
+    return own(x=x, x0=x0, epsilon=epsilon.minimum(x.raw[0].numel() - 1))
+
+
+def _ddn(call: _Call) -> Tensor:
+    return _foolbox(call, "DDNAttack", steps=call.steps)
+
+
+def _carlini_wagner(call: _Call) -> Tensor:
+    searches = min(SEARCHES, call.steps)
+    rules: dict[str, Any] = {"binary_search_steps": searches, "abort_early": False}
+    steps = call.steps // searches
+    return _foolbox(call, "L2CarliniWagnerAttack", steps=steps, **rules)
+
+
+def _ead(call: _Call) -> Tensor:
+    searches = min(SEARCHES, call.steps)
+    rules: dict[str, Any] = {"binary_search_steps": searches, "abort_early": False}
+    steps = call.steps // searches
+    return _foolbox(call, "EADAttack", steps=steps, decision_rule="L1", **rules)
+
+
+def _deepfool(call: _Call) -> Tensor:
+    kind = {"linf": "Linf", "l2": "L2"}[call.norm]
+    return _foolbox(call, f"{kind}DeepFoolAttack", steps=call.steps)
+
+
+def _brendel_bethge(call: _Call) -> Tensor:
+    """From the nearest input of the batch with another label; inputs without one stay."""
+    kind = {"linf": "Linfinity", "l2": "L2", "l1": "L1", "l0": "L0"}[call.norm]
+    with torch.no_grad():
+        other = call.model(call.x).argmax(dim=1)[None, :] != call.y[:, None]
+    apart = torch.cdist(call.x.flatten(1), call.x.flatten(1)).masked_fill(~other, torch.inf)
+    begun = other.any(dim=1)
+    result = call.x.clone()
+    if begun.any():
+        part = _Call(call.model, call.x[begun], call.y[begun], *_rest(call))
+        start = call.x[apart.argmin(dim=1)[begun]]
+        # Its trust region is the product of lr and of the size of the whole batch.
+        lr = call.settings.get("lr", 1.0) / len(start)
+        name = f"{kind}BrendelBethgeAttack"
+        result[begun] = _foolbox(part, name, {"starting_points": start}, steps=call.steps, lr=lr)
+    return result
+
+
+def _jsma(call: _Call) -> Tensor:
+    """For each target and both signs, at most ``steps`` gradients in all; the fewest changes."""
+    evasion, classifier = _art(call)
+    targets, features = classifier.nb_classes - 1, call.x[0].numel()
+    share = min(1.0, max(1, call.steps // (2 * targets) - 1) * 2 / features)
+    best, fewest = call.x.clone(), torch.full_like(call.x.flatten(1)[:, 0], torch.inf)
+    width = call.bounds[1] - call.bounds[0]
+    for theta, shift in itertools.product((width, -width), range(1, targets + 1)):
+        jsma = evasion.SaliencyMapMethod(
+            classifier, theta=theta, gamma=share, batch_size=len(call.x), verbose=False
+        )
+        wanted = ((call.y + shift) % (targets + 1)).cpu().numpy()
+        found = torch.as_tensor(jsma.generate(call.x.cpu().numpy(), wanted)).to(call.x)
+        with torch.no_grad():
+            hit = is_adversarial(call.model(found), call.y)
+        count = torch.where(hit, length(found - call.x, "l0"), torch.inf)
+        better = count < fewest
+        best = torch.where(expand(better, best), found, best)
+        fewest = torch.where(better, count, fewest)
+    return best
+
+
+@dataclass(frozen=True)
+class _Peer:
+    run: Callable[[_Call], Tensor]
+    norms: tuple[str, ...]
+
+
+PEERS = {
+    "fmn": _Peer(_fmn, ("linf", "l2", "l1", "l0")),
+    "bb": _Peer(_brendel_bethge, ("linf", "l2", "l1", "l0")),
+    "ddn": _Peer(_ddn, ("l2",)),
+    "cw": _Peer(_carlini_wagner, ("l2",)),
+    "deepfool": _Peer(_deepfool, ("linf", "l2")),
+    "ead": _Peer(_ead, ("l1",)),
+    "jsma": _Peer(_jsma, ("l0",)),
+}
+
+
+# --------------------------------------------------------------------------------- what is public
+
+
+def names(norm: str | None = None) -> tuple[str, ...]:
+    """The attacks there are, or those that minimize a norm.
+
+    Args:
+        norm: ``"linf"``, ``"l2"``, ``"l1"``, ``"l0"``, or None for all.
+    """
+    return tuple(name for name, peer in PEERS.items() if norm is None or norm in peer.norms)
+
+
+def attack(
+    name: str,
+    model: nn.Module,
+    x: Float[Tensor, "B ..."],
+    y: Int[Tensor, " B"],
+    *,
+    norm: str = "l2",
+    steps: int = 100,
+    settings: Settings | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+) -> Float[Tensor, "B ..."]:
+    r"""An attack of another library: the nearest adversarial point that it finds.
+
+    | name | attack | library | norms | passes for ``steps`` |
+    |---|---|---|---|---|
+    | ``fmn`` | fast minimum norm, Pintor et al. (2021) | Foolbox | all four | steps |
+    | ``bb`` | Brendel et al. (2019) | Foolbox | all four | steps, and some to begin |
+    | ``ddn`` | decoupled direction and norm, Rony et al. (2019) | Foolbox | l2 | steps |
+    | ``cw`` | Carlini and Wagner (2017) | Foolbox | l2 | steps over 9 weights |
+    | ``deepfool`` | Moosavi-Dezfooli et al. (2016) | Foolbox | linf, l2 | K gradients a step |
+    | ``ead`` | elastic net, Chen et al. (2018) | Foolbox | l1 | steps over 9 weights, 2 forward |
+    | ``jsma`` | saliency map, Papernot et al. (2016) | ART | l0 | at most steps over all targets |
+
+    What these passes come to is measured by ``evaluation.counting(model)`` around the call. While a
+    library works, the parameters take no gradients, which would cost it time that our attacks don't
+    spend. A point that its library calls adversarial and that ties within the tolerance of
+    ``attacks.common.is_adversarial`` is pushed on by up to 1 %.
+
+    Args:
+        name: one of ``names()``.
+        model: module ``(B, ...) -> (B, K)``; its flags, parameters and gradients stay as they are.
+        x: (B, ...) inputs inside ``bounds``; images (B, C, H, W) for ART.
+        y: (B,) true labels.
+        norm: one of the attack's norms; under l0 values are counted.
+        steps: the budget, as the table says.
+        settings: the library's own options of the attack, over those set here.
+        bounds: smallest and largest value of an input.
+        seed: of the libraries' random draws; the global random states are left as they were.
+
+    Returns:
+        (B, ...) perturbed inputs inside ``bounds``; ``x`` itself where it is adversarial already
+        or nothing was found.
+
+    Raises:
+        ImportError: the library is not installed.
+        TypeError, ValueError: bad input, an unknown name, a norm that the attack does not have.
+
+    Source: chapter ``benchmark``.
+    """
+    peer = _look_up(name, norm)
+    check_inputs(model, x, y, bounds=bounds, steps=steps)
+    generator(seed)
+    x = x.detach()
+    with eval_mode(model), _frozen(model), _seeded(seed):
+        shown = _Shown(model, x.dtype).eval()
+        with torch.no_grad():
+            open_ = ~is_adversarial(shown(x), y)
+        x_adv = x.clone()
+        if open_.any():
+            call = _Call(shown, x[open_].clone(), y[open_], norm, steps, bounds, settings or {})
+            with warnings.catch_warnings(), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                found = peer.run(call).detach().to(x)
+            x_adv[open_] = _kept(shown, x[open_], y[open_], found, bounds)
+    return x_adv
+
+
+# ---------------------------------------------------------------------------------------- helpers
+
+
+def _look_up(name: str, norm: str) -> _Peer:
+    if name not in PEERS:
+        raise ValueError(f"no peer {name!r}; there are {', '.join(names())}")
+    if norm not in PEERS[name].norms:
+        raise ValueError(f"{name} minimizes {' or '.join(PEERS[name].norms)}, not norm={norm!r}")
+    return PEERS[name]
+
+
+def _kept(model: nn.Module, x: Tensor, y: Tensor, found: Tensor, bounds: Bounds) -> Tensor:
+    """The points found, where they are adversarial or become it a little further on; else x."""
+    result, waiting = x.clone(), torch.ones_like(y, dtype=torch.bool)
+    found = torch.where(found.isfinite(), found, x)
+    with torch.no_grad():
+        for share in OVERSHOOT:
+            further = (found + share * (found - x)).clamp(*bounds)
+            hit = waiting & is_adversarial(model(further), y)
+            result = torch.where(expand(hit, x), further, result)
+            waiting &= ~hit
+            if not waiting.any():
+                break
+    return result
+
+
+def _rest(call: _Call) -> tuple[str, int, Bounds, Settings]:
+    return call.norm, call.steps, call.bounds, call.settings
+
+
+def _foolbox(
+    call: _Call,
+    name: str,
+    given: Mapping[str, Tensor] | None = None,
+    *,
+    mend: Callable[..., Any] | None = None,
+    **rules: Any,
+) -> Tensor:
+    """What an attack of Foolbox, with these rules or the caller's settings, returns."""
+    foolbox = _library("foolbox")
+    shown = foolbox.PyTorchModel(call.model, bounds=call.bounds, device=call.x.device)
+    found = getattr(foolbox.attacks, name)(**{**rules, **call.settings, **_own(rules)})
+    if mend is not None:
+        found.project = partial(mend, found.project)
+    return found.run(shown, call.x, foolbox.criteria.Misclassification(call.y), **(given or {}))
+
+
+def _own(rules: Mapping[str, Any]) -> dict[str, Any]:
+    """The rules that settings can't overrule: what the budget and the batch decide."""
+    return {key: rules[key] for key in ("steps", "lr") if key in rules}
+
+
+def _art(call: _Call) -> tuple[Any, Any]:
+    """The attacks of ART, and the model as one of its classifiers."""
+    evasion = _library("art.attacks.evasion")
+    estimators = _library("art.estimators.classification")
+    with torch.no_grad():
+        classes = call.model(call.x[:1]).shape[1]
+    classifier = estimators.PyTorchClassifier(
+        model=call.model,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(call.x.shape[1:]),
+        nb_classes=classes,
+        clip_values=call.bounds,
+        device_type="gpu" if call.x.device.type == "cuda" else "cpu",
+    )
+    return evasion, classifier
+
+
+def _library(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"the attacks of other libraries need {' and '.join(LIBRARIES)}: pip install adv[peers]"
+        ) from error
+
+
+class _Shown(nn.Module):
+    """The model as the libraries see it: a module of its own that takes single precision too."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.to(self.dtype))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters inside, and those they had put back at the end."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        yield
+    finally:
+        for p, wanted, gradient in before:
+            p.requires_grad_(wanted)
+            p.grad = gradient
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The global random states seeded, and put back at the end."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count())
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
