@@ -23,8 +23,8 @@ from adv.attacks.common import (
     GradientWatch,
     Model,
     Observe,
-    check_count,
     check_inputs,
+    check_number,
     eval_mode,
     expand,
     generator,
@@ -68,10 +68,17 @@ class Regularizer:
         value: perturbations (B, ...) to their penalties (B,), 0 at 0.
         prox: points (B, ...) and weights (B,) to the minimizers of
             ``weight * value(z) + 0.5 * ||z - u||^2``; it is clipped to the bounds afterwards.
+
+    Raises:
+        TypeError: one of them is no function.
     """
 
     value: Callable[[Tensor], Tensor]
     prox: Callable[[Tensor, Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not (callable(self.value) and callable(self.prox)):
+            raise TypeError("a Regularizer is made of two functions, value(delta) and prox(u, lam)")
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,10 @@ class Settings:
         radius: of the uniform first perturbation, as a share of the range of the bounds; 0 starts
             at ``x``. Restarts use it too, or the distance to the linearized boundary where it is 0.
         finetune: spend a last run on the best point, with steps 100 times smaller.
+
+    Raises:
+        TypeError, ValueError: step sizes, a gain or a multiplier that are not positive numbers; a
+            momentum not in [0, 1); a negative radius or number of inner steps; unknown names.
     """
 
     step: tuple[float, float]
@@ -109,6 +120,38 @@ class Settings:
     adapt: bool = True
     radius: float = 0.0
     finetune: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("step", "rate"):
+            pair = getattr(self, name)
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(f"{name} is a pair of numbers, the first and the last, not {pair}")
+            for value in pair:
+                _check_positive(name, value)
+        for name in ("gain", "multiplier"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        check_number("momentum", self.momentum, math.nextafter(1, 0))
+        check_number("radius", self.radius)
+        _check_whole("inner", self.inner)
+        for name, known in (("decay", ("exponential", "linear")), ("feedback", ("sign", "tanh"))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {known[0]!r} or {known[1]!r}, not {getattr(self, name)!r}"
+                )
+
+
+def _check_positive(name: str, value: float) -> None:
+    check_number(name, value)
+    if value == 0:
+        raise ValueError(f"{name} must be positive, not 0")
+
+
+def _check_whole(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is an integer >= 0, not {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} is an integer >= 0, not {value}")
 
 
 RECOMMENDED = {
@@ -188,7 +231,7 @@ def pdpgd(
     ``pdpgd``.
     """
     check_inputs(model, x, y, bounds=bounds, steps=steps)
-    check_count("restarts", restarts + 1 if type(restarts) is int else restarts)
+    _check_whole("restarts", restarts)
     draws, penalty = generator(seed), _penalty(norm, x)
     rules = _settings(settings, penalty)
     with eval_mode(model):
@@ -615,29 +658,47 @@ def crossing(
     Args:
         g: (B, ...) gradients of the function that is to fall below 0.
         gap: (B,) its values $c$ at $\delta=0$; nothing moves where they are not positive.
-        kind: ``"linf"``, ``"l2"``, ``"l1"``, ``"l0"`` or ``"group_l0"``.
+        kind: ``"linf"``, ``"l2"``, ``"l1"`` (or $p=\infty$, 2, 1), ``"l0"`` (values) or
+            ``"group_l0"`` (pixels).
         box: ``(lo, hi)`` shaped like ``g``, as ``geometry.room`` makes it.
 
     Returns:
         (B, ...) perturbations in the box; the corner of the box that gains most where the boundary
         is out of reach.
 
+    Raises:
+        TypeError, ValueError: another kind; no floating-point tensors of these shapes.
+
     Source: Croce and Hein (2020), section 3, extended to counts; chapter ``pdpgd``.
     """
+    name = _check_crossing(g, gap, kind, box)
     flat, c = g.flatten(1), gap.clamp_min(0)[:, None]
     size = flat.abs()
     cap = torch.where(flat < 0, box[1].flatten(1), -box[0].flatten(1)) * (flat != 0)
-    if kind in ("linf", "l2"):
-        move = _ray(size, torch.ones_like(size) if kind == "linf" else size, cap, c)
-    elif kind == "group_l0" and g.ndim == 4:
+    if name in ("linf", "l2"):
+        move = _ray(size, torch.ones_like(size) if name == "linf" else size, cap, c)
+    elif name == "group_l0" and g.ndim == 4:
         gains = (size * cap).reshape(g.flatten(2).shape).sum(dim=1)
         taken = _greedy(gains, torch.ones_like(gains), c) > 0
         move = cap * taken.repeat(1, g.shape[1])
-    elif kind == "l1":
+    elif name == "l1":
         move = _greedy(size, cap, c)
     else:
         move = cap * (_greedy(size * cap, torch.ones_like(cap), c) > 0)
     return (-flat.sign() * move).reshape(g.shape)
+
+
+def _check_crossing(g: Any, gap: Any, kind: Any, box: Any) -> str:
+    """The name of the kind, where everything fits."""
+    name = kind if isinstance(kind, str) else NAMES.get(exponent(kind), kind)
+    if name not in (*NAMES.values(), "l0", "group_l0"):
+        raise ValueError(f"kind is 'linf', 'l2', 'l1', 'l0' or 'group_l0', not {kind!r}")
+    if not all(isinstance(part, Tensor) and part.is_floating_point() for part in (g, gap, *box)):
+        raise TypeError("g, gap and both sides of the box are floating-point tensors")
+    if g.ndim < 2 or gap.shape != g.shape[:1] or any(side.shape != g.shape for side in box):
+        shapes = ", ".join(str(tuple(part.shape)) for part in (g, gap, *box))
+        raise ValueError(f"g and both sides of the box are (B, ...) and gap is (B,), not {shapes}")
+    return str(name)
 
 
 def _ray(size: Tensor, rate: Tensor, cap: Tensor, c: Tensor) -> Tensor:
@@ -682,7 +743,7 @@ class _Penalty:
     def value(self, delta: Tensor) -> Tensor:
         """(B,) the penalty itself."""
         if self.own is not None:
-            return self.own.value(delta)
+            return _fitting("value", self.own.value(delta), delta.shape[:1])
         flat = delta.flatten(1)
         if self.kind == "l0":
             return flat.count_nonzero(dim=1).to(delta.dtype)
@@ -700,7 +761,7 @@ class _Penalty:
         r"""The proximal operator of $\lambda h$ in a metric and a box."""
         if self.own is not None:
             weight = lam if metric is None else lam / metric.flatten(1)[:, 0]
-            z = self.own.prox(u, weight)
+            z = _fitting("prox", self.own.prox(u, weight), u.shape)
             return z if box is None else torch.clamp(z, *box)
         if self.kind == "linf":
             return _prox_linf(u, lam, box, metric, size)
@@ -750,6 +811,14 @@ def _prox_linf(
     t = expand(t, u)
     z = torch.clamp(u, -t, t)
     return z if box is None else torch.clamp(z, *box)
+
+
+def _fitting(name: str, result: Tensor, shape: torch.Size) -> Tensor:
+    if result.shape != shape:
+        raise ValueError(
+            f"the Regularizer's {name} returns shape {tuple(shape)} here, not {tuple(result.shape)}"
+        )
+    return result
 
 
 def _penalty(norm: Any, x: Tensor) -> _Penalty:

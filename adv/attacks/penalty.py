@@ -87,7 +87,7 @@ def lbfgs(
     """
     generator(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, searches=searches)
-    _check_weight(weight)
+    _check_positive("weight", weight, x)
     x, watch, parts = x.detach(), GradientWatch(x), []
     with eval_mode(model):
         for i in range(len(x)):
@@ -222,16 +222,16 @@ def carlini_wagner(
 
     Raises:
         TypeError, ValueError: bad input, as ``check_inputs`` says; an unknown variable; a weight
-            that is not positive.
+            or ``lr`` that is not positive.
 
     Source: Carlini and Wagner (2017), section VI; Matyasko (2020), section 2.4; chapter
     ``benchmark``.
     """
     generator(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, searches=searches)
-    check_number("lr", lr)
     check_number("confidence", confidence)
-    _check_weight(weight)
+    _check_positive("weight", weight, x)
+    _check_positive("lr", lr, x)
     box = _Box(x.detach(), bounds, variable)
     x, best, watch, count = x.detach(), Best(x), GradientWatch(x), 0
     c, low = x.new_full((len(x),), weight), x.new_zeros(len(x))
@@ -308,7 +308,8 @@ class _Box:
         return w if self.tanh else w.clamp(-1, 1)
 
 
-def _check_weight(weight: float) -> None:
-    check_number("weight", weight)
-    if weight == 0:
-        raise ValueError("weight must be positive: with c = 0 nothing pulls away from x")
+def _check_positive(name: str, value: float, x: Tensor) -> None:
+    """Raise unless a number is positive, also as rounded to the inputs' type."""
+    check_number(name, value)
+    if not x.new_tensor(value) > 0:
+        raise ValueError(f"{name} must be positive in {x.dtype}, or nothing moves; {value!r} is 0")

@@ -424,7 +424,7 @@ def test_logits_that_are_not_finite_are_an_error():
         ({"norm": 0.5}, ValueError, "norm"),
         ({"norm": None}, TypeError, "norm"),
         ({"steps": 0}, ValueError, "steps"),
-        ({"restarts": -1}, ValueError, "restarts"),
+        ({"restarts": -1}, ValueError, "restarts .* -1"),
         ({"restarts": 1.5}, TypeError, "restarts"),
         ({"settings": "best"}, ValueError, "settings"),
         ({"seed": -1}, ValueError, "seed"),
@@ -436,11 +436,74 @@ def test_bad_settings_are_refused(change, error, message):
         pdpgd(affine(3, 4), inputs(2, 4), torch.tensor([0, 1]), **change)
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"step": 1.0}, TypeError),
+        ({"step": (0.1, 0.2, 0.3)}, TypeError),
+        ({"step": (-1.0, 0.1)}, ValueError),
+        ({"step": (1.0, 0.0)}, ValueError),
+        ({"rate": (math.nan, 0.1)}, ValueError),
+        ({"momentum": 1.0}, ValueError),
+        ({"momentum": -0.5}, ValueError),
+        ({"gain": 0.0}, ValueError),
+        ({"gain": "30"}, TypeError),
+        ({"multiplier": -1.0}, ValueError),
+        ({"inner": -1}, ValueError),
+        ({"inner": 1.5}, TypeError),
+        ({"radius": -0.5}, ValueError),
+        ({"decay": "cosine"}, ValueError),
+        ({"feedback": "hinge"}, ValueError),
+    ],
+)
+def test_bad_rules_of_the_game_are_refused(change, error):
+    with pytest.raises(error, match=next(iter(change))):
+        Settings(**{"step": (1.0, 0.1), **change})
+
+
+@pytest.mark.parametrize(
+    ("value", "prox", "error", "message"),
+    [
+        (1, 2, TypeError, "two functions"),
+        (lambda d: d, lambda u, lam: u, ValueError, r"value returns shape \(2,\)"),
+        (lambda d: d.sum(), lambda u, lam: u, ValueError, "value returns"),
+        (lambda d: d.sum(1), lambda u, lam: u[:1], ValueError, r"prox returns shape \(2, 4\)"),
+    ],
+)
+def test_regularizers_that_do_not_fit_are_refused(value, prox, error, message):
+    with pytest.raises(error, match=message):
+        pdpgd(affine(3, 4), inputs(2, 4), torch.tensor([1, 1]), norm=Regularizer(value, prox))
+
+
+G = torch.ones(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("g", "gap", "kind", "box", "error", "message"),
+    [
+        (G, G[:, 0], "l3", (-G, G), ValueError, "kind"),
+        (G, G[:, 0], "l1/2", (-G, G), ValueError, "kind"),
+        (G, G[:, 0], 3.0, (-G, G), ValueError, "kind"),
+        (G, G[:, 0], None, (-G, G), TypeError, "norm"),
+        (G, 1.0, "l2", (-G, G), TypeError, "floating"),
+        (G.long(), G[:, 0], "l2", (-G, G), TypeError, "floating"),
+        (G, G[:, :1], "l2", (-G, G), ValueError, r"gap is \(B,\)"),
+        (G, G[:, 0], "l2", (-G[:1], G), ValueError, "box"),
+        (G[0], G[0], "l2", (-G[0], G[0]), ValueError, "box"),
+    ],
+)
+def test_crossing_refuses_what_does_not_fit(g, gap, kind, box, error, message):
+    with pytest.raises(error, match=message):
+        crossing(g, gap, kind, box=box)
+
+
 @pytest.mark.parametrize(("name", "p"), [("linf", math.inf), ("l2", 2.0), ("l1", 1)])
 def test_numbers_name_the_norms_too(digits, name, p):
     model, x, y = digits
     a, b = (pdpgd(model, x[:4], y[:4], norm=n, steps=20) for n in (name, p))
     assert torch.equal(a, b)
+    g, gap, box = x[:4] - 0.5, torch.ones(4), room(x[:4])
+    assert torch.equal(crossing(g, gap, name, box=box), crossing(g, gap, p, box=box))
 
 
 @pytest.mark.filterwarnings("ignore")

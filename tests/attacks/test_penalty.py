@@ -170,17 +170,18 @@ def test_nothing_found_returns_the_input_and_warns(attack):
         ({"searches": 0}, "searches"),
         ({"weight": 0.0}, "weight"),
         ({"weight": -1.0}, "weight"),
+        ({"weight": 1e-300}, "float32"),
         ({"seed": -1}, "seed"),
         ({"bounds": (0.0, 0.1)}, "bounds"),
     ],
 )
 def test_bad_settings_are_refused(attack, change, message):
     with pytest.raises(ValueError, match=message):
-        attack(affine(3, 4), inputs(2, 4), torch.tensor([0, 1]), **change)
+        attack(affine(3, 4).float(), inputs(2, 4).float(), torch.tensor([0, 1]), **change)
 
 
 def test_more_bad_settings_are_refused():
-    for change in ({"lr": -1.0}, {"confidence": -1.0}, {"variable": "sigmoid"}):
+    for change in ({"lr": -1.0}, {"lr": 0.0}, {"confidence": -1.0}, {"variable": "sigmoid"}):
         with pytest.raises(ValueError, match=next(iter(change))):
             carlini_wagner(affine(3, 4), inputs(2, 4), torch.tensor([0, 1]), **change)
 
