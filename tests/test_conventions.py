@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "adv.lab.figures": (),
     "adv.lab.models": (),
     "adv.lab.evaluation": (*METHODS, "adv.lab"),
+    "adv.lab.generative": (*METHODS, "adv.lab"),
     "adv.lab.peers": (*METHODS, "adv.lab"),
     "adv.lab.training": (*METHODS, "adv.lab"),
     "adv.lab.zoo": (*METHODS, "adv.lab"),

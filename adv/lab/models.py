@@ -1,6 +1,6 @@
 """The networks of the book and of the papers it follows, built by name.
 
-Classifiers return (B, K) logits; ``Autoencoder`` and ``Colorization`` return images.
+Classifiers return (B, K) logits; the others, from ``Autoencoder`` on, images.
 
 | name | class | input | parameters |
 |---|---|---|---|
@@ -15,6 +15,8 @@ Classifiers return (B, K) logits; ``Autoencoder`` and ``Colorization`` return im
 | resnet32 | ``ResNet32`` | 3x32x32 | 464,154 |
 | autoencoder | ``Autoencoder`` 784-256-32-256-784 | 1x28x28 | 419,120 |
 | colorization | ``Colorization`` | 1xHxW | 54,930 |
+| vae | ``VAE`` 64-128-8-128-64 | 1x8x8 | 19,792 |
+| wgan | ``WGAN`` 12-128-128-64 and critic | 1x8x8 | 51,393 |
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +26,14 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = [
     "MLP",
+    "VAE",
+    "WGAN",
     "Autoencoder",
     "Colorization",
     "DenseNet40",
@@ -415,6 +420,144 @@ class Autoencoder(nn.Module):
         return self.decoder(self.encoder(x)).sigmoid().view_as(x)
 
 
+class VAE(nn.Module):
+    r"""Variational autoencoder: a Gaussian posterior of a latent vector, and its decoder.
+
+    The encoder gives mean and logarithm of the variances of $q(z\mid x)$, the decoder the image
+    $G(z)$ in (0, 1), the mean of $p(x\mid z)$; the prior is standard normal. With ``classes`` both
+    also get the class, one-hot: $q(z\mid x,y)$ and $p(x\mid z,y)$.
+
+    | part | fully connected | with ``channels`` |
+    |---|---|---|
+    | encoder | d - hidden - 2 latent | 4x4 convolutions, stride 2 - hidden - 2 latent |
+    | decoder | latent - hidden reversed - d | the same backwards, transposed |
+
+    Args:
+        shape: (C, H, W) of an image; d = C H W.
+        latent: size of $z$.
+        hidden: sizes of the fully connected layers between.
+        channels: of the convolutions, each of which halves the image; empty for none.
+        classes: how many, or 0 for a model that is not told the class.
+        activation: one of ``ACTIVATIONS``; smooth ones let the decoder be differentiated twice.
+
+    Source: Kingma and Welling (2014); Sohn, Lee and Yan (2015) for the class; chapter
+    ``generative_models``.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (1, 8, 8),
+        latent: int = 8,
+        hidden: tuple[int, ...] = (128,),
+        channels: tuple[int, ...] = (),
+        classes: int = 0,
+        activation: str = "elu",
+    ) -> None:
+        super().__init__()
+        sides, factor = shape[1:], 2 ** len(channels)
+        if any(side % factor for side in sides):
+            raise ValueError(f"{len(channels)} halvings don't divide images of {sides} pixels")
+        self.shape, self.latent, self.classes = tuple(shape), latent, classes
+        maps = (shape[0], *channels)
+        small = (maps[-1], sides[0] // factor, sides[1] // factor)
+        down = [
+            layer
+            for a, b in pairwise(maps)
+            for layer in (nn.Conv2d(a, b, 4, stride=2, padding=1), *_hidden(activation))
+        ]
+        up = [
+            layer
+            for a, b in pairwise(reversed(maps))
+            for layer in (*_hidden(activation), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1))
+        ]
+        self.features = nn.Sequential(*down, nn.Flatten())
+        self.head = MLP((prod(small) + classes, *hidden, 2 * latent), activation)
+        self.tail = MLP((latent + classes, *reversed(hidden), prod(small)), activation)
+        self.paint = nn.Sequential(nn.Unflatten(1, small), *up)
+
+    def posterior(
+        self, x: Float[Tensor, "B C H W"], y: Int[Tensor, " B"] | None = None
+    ) -> tuple[Float[Tensor, "B latent"], Float[Tensor, "B latent"]]:
+        """Mean and logarithm of the variances of the latent vector, given images.
+
+        Args:
+            x: (B, C, H, W) images of ``shape``.
+            y: (B,) their classes, for a model that is told them.
+
+        Raises:
+            ValueError: another shape; a class missing, or given to a model that has none.
+        """
+        _check_images(self, x, self.shape[0], self.shape[1:])
+        mean, log_variance = self.head(self._told(self.features(x), y)).chunk(2, dim=1)
+        return mean, log_variance
+
+    def decode(
+        self, z: Float[Tensor, "B latent"], y: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B C H W"]:
+        """Latent vectors, of given classes where the model is told them, to images in (0, 1)."""
+        if z.ndim != 2 or z.shape[1] != self.latent:
+            raise ValueError(f"latent vectors are (B, {self.latent}), not {tuple(z.shape)}")
+        return self.paint(self.tail(self._told(z, y))).sigmoid()
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], y: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B C H W"]:
+        """Reconstructions of images, through the mean of their posterior."""
+        return self.decode(self.posterior(x, y)[0], y)
+
+    def _told(self, features: Tensor, y: Tensor | None) -> Tensor:
+        if (y is None) != (self.classes == 0):
+            raise ValueError(f"this model has {self.classes} classes; y must be given if any")
+        if y is None:
+            return features
+        return torch.cat([features, F.one_hot(y, self.classes).to(features.dtype)], dim=1)
+
+
+class WGAN(nn.Module):
+    r"""Wasserstein generative adversarial network: a generator and its critic.
+
+    ``generator`` maps $z\sim\mathcal N(0,I)$ to flat images in (0, 1), ``critic`` flat images to a
+    number that is large for real ones. The critic has no batch normalization, because the gradient
+    penalty is a property of each image.
+
+    Args:
+        shape: (C, H, W) of an image.
+        latent: size of $z$.
+        hidden: sizes of the generator's hidden layers; the critic's are the same, reversed.
+        activation: of the generator, one of ``ACTIVATIONS``; the critic's is a leaky ReLU.
+
+    Source: Arjovsky, Chintala and Bottou (2017); Gulrajani et al. (2017); chapter
+    ``generative_models``.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (1, 8, 8),
+        latent: int = 12,
+        hidden: tuple[int, ...] = (128, 128),
+        activation: str = "elu",
+    ) -> None:
+        super().__init__()
+        self.shape, self.latent, size = tuple(shape), latent, prod(shape)
+        self.generator = MLP((latent, *hidden, size), activation)
+        self.critic = MLP((size, *reversed(hidden), 1), "leaky_relu")
+
+    def decode(self, z: Float[Tensor, "B latent"]) -> Float[Tensor, "B C H W"]:
+        """Latent vectors to images in (0, 1)."""
+        if z.ndim != 2 or z.shape[1] != self.latent:
+            raise ValueError(f"latent vectors are (B, {self.latent}), not {tuple(z.shape)}")
+        return self.generator(z).sigmoid().unflatten(1, self.shape)
+
+    def judge(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
+        """The critic's opinion of images, larger for those it takes for real."""
+        _check_images(self, x, self.shape[0], self.shape[1:])
+        return self.critic(x).squeeze(1)
+
+    def forward(self, z: Float[Tensor, "B latent"]) -> Float[Tensor, "B C H W"]:
+        """As ``decode``."""
+        return self.decode(z)
+
+
 class Colorization(nn.Module):
     """Guess the colors of a gray image: luminance to the two chroma channels of ``split_color``.
 
@@ -638,4 +781,6 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32": ResNet32,
     "autoencoder": Autoencoder,
     "colorization": Colorization,
+    "vae": VAE,
+    "wgan": WGAN,
 }
