@@ -23,7 +23,7 @@ from reproduce.files import read, write_json
 from reproduce.plan import ROOT
 from reproduce.versions import digest
 
-__all__ = ["main", "path", "solve"]
+__all__ = ["main", "path", "provenance", "solve"]
 
 RESULTS = ROOT / "reproduce" / "results"
 CODE = "adv.theory.exact.minimal_perturbation"
@@ -91,7 +91,7 @@ def solve(
                     "nodes": proved.nodes,
                 }
             )
-            content = origin | _provenance() | {"norms": rows}
+            content = origin | provenance() | {"norms": rows}
             write_json(path(name, results), content)
             print(f"{norm} {index}: {proved.lower:.6g} to {proved.upper:.6g}", flush=True)
     return content or read(path(name, results)) or {}
@@ -104,7 +104,8 @@ def _stored(file: Path, origin: Mapping[str, Any], trust: bool) -> dict[str, lis
     return content["norms"] if all(content.get(key) == origin[key] for key in keys) else {}
 
 
-def _provenance() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
+    """Device, versions and commit of a computation."""
     git = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
