@@ -18,7 +18,7 @@ help:
 	@echo "make lab        open the book in JupyterLab"
 	@echo "make notebooks  execute every chapter and store its outputs (ONLY=name for one)"
 	@echo "make mutants    break the code on purpose: do the chapters' claims notice?"
-	@echo "make bench      measure speed"
+	@echo "make bench      measure speed, and strength against cost"
 	@echo "make reproduce  compute the papers' tables and figures (TABLE=convex-3 for one, DRY=1 to look)"
 	@echo "make clean      remove what was built (make distclean: the environment too)"
 
@@ -82,7 +82,7 @@ bench: $(TEST)
 # What the variables mean: reproduce/README.md.
 reproduce: $(RUNS)
 	$(BIN)/python -m reproduce $(TABLE) $(FIGURE) $(if $(DRY),--dry) $(if $(ONLY),--only=$(ONLY)) \
-	    $(if $(PROFILE),--profile=$(PROFILE)) $(if $(CORES),--cores=$(CORES)) \
+	    $(if $(SKIP),--skip=$(SKIP)) $(if $(PROFILE),--profile=$(PROFILE)) $(if $(CORES),--cores=$(CORES)) \
 	    $(if $(RESULTS),--results=$(RESULTS) --work=$(RESULTS)/work)
 
 clean:

@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit(f"no {', '.join(unknown)}; there are {', '.join(plan.items)}")
     items = [plan.items[name] for name in given.names or plan.items]
     models = {cell.model for item in items for cell in item.cells.values()}
+    attacks = {cell.attack for item in items for cell in item.cells.values()}
+    if unknown := [name for name in plan.skip if name not in attacks]:
+        sys.exit(f"no attack {', '.join(unknown)} in these; there are {', '.join(sorted(attacks))}")
     if unknown := [name for name in plan.only if name not in models]:
         sys.exit(f"no network {', '.join(unknown)} in these; there are {', '.join(sorted(models))}")
     tasks = plan.tasks(items)
@@ -49,7 +52,7 @@ def report(plan: Plan, items: list[Item], tasks: list[Task]) -> str:
     networks = {(item.paper, cell.model): cell for item in items for cell in item.cells.values()}
     for (paper, model), cell in networks.items():
         datasets = plan.paper(paper)["networks"][model]["data"]
-        used = plan.runs(cell)[0].network.dataset
+        used = next((run.network.dataset for run in plan.runs(cell)), datasets[0])
         if not plan.available(used):
             lines.append(f"no data for {model} of {paper}: {' or '.join(datasets)}")
         elif used != datasets[0]:
@@ -89,7 +92,8 @@ def command(
         f"results={plan.results}",
         f"work={plan.work}",
     ]
-    line += [f"only={' '.join(plan.only)}", f"datasets={' '.join(known)}"]
+    line += [f"{key}={' '.join(getattr(plan, key))}" for key in ("only", "skip")]
+    line += [f"datasets={' '.join(known)}"]
     line += ["--cores", given.cores] if given.cores else []
     line += ["--dry-run", "--quiet", "rules"] if given.dry else []
     return [*line, *given.snakemake, "--", *(str(plan.output(item)) for item in items)]

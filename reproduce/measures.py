@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adv.attacks.convex import margin_radius
-from adv.geometry import Norm
+from adv.geometry import Norm, pixels
 from adv.geometry import norm as length
 from adv.lab.evaluation import CHUNK, accuracy, psnr, rho_adv, success
 
@@ -120,6 +120,55 @@ def fooling(sample: Sample) -> dict[str, Value]:
     return {"eps": list(grid), "fooling": shares}
 
 
+def correct(sample: Sample) -> dict[str, Value]:
+    """Share of the images that are classified correctly without a perturbation."""
+    return {"accuracy": accuracy(sample.model, sample.x, sample.y)}
+
+
+def norms(sample: Sample) -> dict[str, Value]:
+    """Mean and median size of successful perturbations of initially correct images.
+
+    ``found`` is the share of those images for which the attack succeeded, ``all`` the mean over
+    all of them, infinite where it failed on one. Under l0 values are counted, under
+    group_l0 pixels.
+
+    Source: Matyasko (2020), Tables 5.1 and 5.5.
+    """
+    sizes = _sizes(sample)
+    found = sizes[sizes < math.inf]
+    return {
+        "mean": float(found.mean()),
+        "median": float(sizes.median()),
+        "all": float(sizes.mean()),
+        "found": float((sizes < math.inf).double().mean()),
+    }
+
+
+def robust(sample: Sample) -> dict[str, Value]:
+    """Share of all images that stay correct under perturbations up to each radius.
+
+    A minimal-norm attack counts from its distance on, at the radii of ``measured_at``.
+
+    Source: Matyasko (2020), Tables 5.2 to 5.4 and 5.6 to 5.8.
+    """
+    if sample.eps is None:
+        sizes, grid = _sizes(sample), sample.settings["measured_at"]
+        standing = [sizes > eps * (1 + 1e-6) for eps in grid]
+    else:
+        y, grid = sample.y[sample.attacked], sample.eps
+        standing = [~success(sample.model, points, y) for points in sample.points]
+    shares = [float(flags.sum()) / len(sample.x) for flags in standing]
+    return {"eps": list(grid), "robust": shares}
+
+
+def _sizes(sample: Sample) -> Tensor:
+    """Sizes of minimal perturbations; pixels under group_l0; infinite where nothing was found."""
+    x, y = sample.x[sample.attacked], sample.y[sample.attacked]
+    delta, kind = sample.points[0] - x, sample.settings["norm"]
+    sizes = pixels(delta) if kind == "group_l0" else length(delta, kind)
+    return torch.where(success(sample.model, sample.points[0], y), sizes, math.inf)
+
+
 def noise_ratio(sample: Sample) -> dict[str, Value]:
     """Mean PSNR in dB of inputs and outputs at each radius, and of the clean outputs.
 
@@ -146,5 +195,6 @@ def _outputs(model: nn.Module, x: Tensor) -> Tensor:
 
 
 MEASURES: dict[str, Callable[[Sample], dict[str, Value]]] = {
-    function.__name__: function for function in (error, radius, minimal, fooling, noise_ratio)
+    function.__name__: function
+    for function in (error, radius, minimal, fooling, noise_ratio, correct, norms, robust)
 }

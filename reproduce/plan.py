@@ -64,15 +64,17 @@ class Cell:
         value: the measured value's name.
         at: the radius at which a list of values is read; None for a number, or the whole list.
         scale: what a value is multiplied with, such as 100 for percent.
+        missing: why there can be no number; nothing is run for it.
     """
 
     paper: str
     model: str
-    attack: str
-    value: str
+    attack: str = ""
+    value: str = ""
     defense: str = "none"
     at: float | None = None
     scale: float = 1.0
+    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Plan:
         results: folder of the results' JSON files.
         work: folder of weights, checkpoints and perturbed images, safe to delete.
         only: networks (names in the settings) to run; empty for all. Others' stored results count.
+        skip: attacks (names in the settings) not to run. Their stored results count.
         trust: whether results of older code stand.
         datasets: those at hand; None to look for them, which takes seconds.
     """
@@ -131,6 +134,7 @@ class Plan:
     only: tuple[str, ...] = ()
     trust: bool = False
     datasets: frozenset[str] | None = None
+    skip: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------------------- command line
 
@@ -140,6 +144,7 @@ class Plan:
         for folder in ("settings", "results", "work"):
             parser.add_argument(f"--{folder}", type=Path, default=getattr(Plan, folder))
         parser.add_argument("--only", default="", help="networks to run, separated by commas")
+        parser.add_argument("--skip", default="", help="attacks not to run, separated by commas")
         parser.add_argument(
             "--datasets", default="", help="take these for being at hand; don't look"
         )
@@ -148,13 +153,15 @@ class Plan:
     @staticmethod
     def given(options: argparse.Namespace) -> "Plan":
         """The plan that a command line means."""
-        only, datasets = (
-            tuple(filter(None, text.split(","))) for text in (options.only, options.datasets)
+        only, datasets, skip = (
+            tuple(filter(None, text.split(",")))
+            for text in (options.only, options.datasets, options.skip)
         )
         settings, results, work = (
             path.resolve() for path in (options.settings, options.results, options.work)
         )
-        return Plan(settings, results, work, only, options.trust, frozenset(datasets) or None)
+        data = frozenset(datasets) or None
+        return Plan(settings, results, work, only, options.trust, data, skip)
 
     # ------------------------------------------------------------------------------------ settings
 
@@ -202,12 +209,17 @@ class Plan:
     def attack(self, run: Run) -> Settings:
         """All that an attack and its measures depend on, beside the network.
 
-        A value ``network`` in the settings stands for the network's own grid of radii.
+        A value ``network`` in the settings stands for the network's own grid of radii; where that
+        is a mapping, for its entry of this defense, and in that for the one of the attack's norm.
         """
         paper = self.paper(run.network.paper)
         own = _entry(paper, "networks", run.network.model)
         attack = dict(_entry(paper, "attacks", run.attack))
-        attack = {key: own["eps"] if v == "network" else v for key, v in attack.items()}
+        if "network" in attack.values():
+            grid = own["eps"]
+            for key in (run.network.defense, attack.get("norm")):
+                grid = grid[key] if isinstance(grid, Mapping) else grid
+            attack = {key: grid if v == "network" else v for key, v in attack.items()}
         return {"images": own.get("images")} | attack
 
     # --------------------------------------------------------------------------------------- files
@@ -238,6 +250,8 @@ class Plan:
 
     def runs(self, cell: Cell) -> list[Run]:
         """The runs of a cell, one for each seed, on the first data set that there is."""
+        if cell.missing:
+            return []
         own = _entry(self.paper(cell.paper), "networks", cell.model)
         for dataset in own["data"]:
             runs = [
@@ -260,7 +274,7 @@ class Plan:
 
     def wanted(self, cell: Cell) -> list[Run]:
         """The runs of a cell that this machine can make, or has."""
-        chosen = not self.only or cell.model in self.only
+        chosen = (not self.only or cell.model in self.only) and cell.attack not in self.skip
         return [
             run
             for run in self.runs(cell)
@@ -317,8 +331,12 @@ class Plan:
         if isinstance(subject, Run):
             settings = self.attack(subject)
             names = [f"reproduce.measures.{name}" for name in settings["measures"]]
-            names += [f"adv.attacks.{settings['call']}"] if "call" in settings else []
-            own = ("chosen", "radii", "perturbed")
+            call = settings.get("call", "")
+            if call.startswith("peers."):
+                names.append("adv.lab.peers.attack")
+            elif call:
+                names.append(f"adv.attacks.{call}")
+            own = ("chosen", "radii", "compared" if call.startswith("peers.") else "perturbed")
             return names + [f"reproduce.steps.{name}" for name in own]
         recipe = self.recipe(subject)
         names = [f"adv.lab.models._MODELS[{recipe['model']['name']}]"]
@@ -331,7 +349,7 @@ class Plan:
         runs = [
             run
             for cell in cells
-            if not self.only or cell.model in self.only
+            if (not self.only or cell.model in self.only) and cell.attack not in self.skip
             for run in self.runs(cell)
             if self.available(run.network.dataset)
         ]

@@ -13,7 +13,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adv.lab import data, device, models
-from adv.lab.evaluation import perturb, success
+from adv.lab import data, device, models, peers
+from adv.lab.evaluation import counting, perturb, success
 from adv.lab.training import cross_entropy, fit
 from reproduce.files import digest, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
@@ -82,9 +83,11 @@ def attack(plan: Plan, run: Run) -> None:
         attacked = success(model, some.x, some.y, targeted=True)
     x, y = some.x[attacked], some.y[attacked]
     grid, seed = radii(settings, x), run.network.seed
-    points = [perturbed(model, x, y, eps, settings, seed) for eps in (grid or (None,))]
+    with counting(model) as counts:
+        points = _points(model, x, y, grid, settings, seed)
     content = _origin(plan, run) | {
         "attacked": attacked.cpu(),
+        "passes": [count / max(1, len(x)) for count in (counts.forward, counts.backward)],
         "points": [p.cpu() for p in points],
         "eps": grid,
         "seconds": time.perf_counter() - start,
@@ -159,6 +162,48 @@ def perturbed(
     return perturb(model, x, y, call, eps=eps, norm=ball, seed=seed, **chunk)
 
 
+def compared(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, seed: int) -> Tensor:
+    """The points that another library's minimal-norm attack finds, checked.
+
+    Args:
+        model: in evaluation mode.
+        x: (N, C, H, W) images.
+        y: (N,) their labels.
+        settings: ``call``, such as ``"peers.fmn"`` (a name of ``adv.lab.peers``), ``norm``,
+            ``steps``, and as ``settings`` the attack's own.
+        seed: of the attack.
+
+    Returns:
+        (N, C, H, W) perturbed images.
+    """
+    attack = partial(peers.attack, settings["call"].removeprefix("peers."))
+    given = {name: settings[name] for name in ("steps", "settings", "chunk") if name in settings}
+    return perturb(model, x, y, attack, norm=settings["norm"], seed=seed, **given)
+
+
+def _points(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    grid: Sequence[float] | None,
+    settings: Settings,
+    seed: int,
+) -> list[Tensor]:
+    """The points of every radius; ``nested``: only of images that stood all smaller ones."""
+    if settings.get("call", "").startswith("peers."):
+        return [compared(model, x, y, settings, seed)]
+    if not settings.get("nested"):
+        return [perturbed(model, x, y, eps, settings, seed) for eps in (grid or (None,))]
+    points, standing, latest = [], torch.ones_like(y, dtype=torch.bool), x
+    for eps in sorted(grid or ()):
+        if standing.any():
+            latest = latest.clone()
+            latest[standing] = perturbed(model, x[standing], y[standing], eps, settings, seed)
+            standing = ~success(model, latest, y)
+        points.append(latest)
+    return points
+
+
 def measure(plan: Plan, run: Run) -> None:
     """Measure the points of a run and write its record."""
     settings, place = plan.attack(run), device()
@@ -179,6 +224,7 @@ def measure(plan: Plan, run: Run) -> None:
         "values": values,
         "images": len(some),
         "attacked": int(sample.attacked.sum()),
+        "passes": dict(zip(("forward", "backward"), content["passes"], strict=True)),
         "of": len(source.test),
         "complete": source.complete,
     }
@@ -195,13 +241,15 @@ def write_record(
     network = subject if isinstance(subject, Network) else subject.network
     names = {"paper": network.paper, "dataset": network.dataset, "model": network.model}
     names |= {"defense": network.defense}
+    peer = False
     if isinstance(subject, Run):
         names |= {"attack": subject.attack}
+        peer = plan.attack(subject).get("call", "").startswith("peers.")
     origin = {
         "seed": network.seed,
         "seconds": round(seconds, 2),
         "device": _device(),
-        "versions": _versions(),
+        "versions": _versions(peer),
         "code": plan.versions(subject),
         **_commit(plan.files(subject)),
     }
@@ -234,8 +282,9 @@ def _device() -> dict[str, Any]:
     return {"type": place.type, "name": name, "threads": torch.get_num_threads()}
 
 
-def _versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("adv", "numpy")}
+def _versions(peer: bool) -> dict[str, str]:
+    libraries = ("adv", "numpy", *(peers.LIBRARIES if peer else ()))
+    packages = {name: importlib.metadata.version(name) for name in libraries}
     return {"python": platform.python_version(), "torch": torch.__version__, **packages}
 
 

@@ -175,6 +175,8 @@ def _clean(plan: Plan, cell: Cell | None) -> Content | None:
 
 def _why(plan: Plan, cell: Cell, values: list[float | None]) -> str:
     """Why a cell has no number."""
+    if cell.missing:
+        return cell.missing
     if values:
         return "no finite value for every seed"
     runs: list[Run] = plan.runs(cell)

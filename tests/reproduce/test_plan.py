@@ -110,6 +110,29 @@ def test_tasks_are_the_trainings_and_attacks_that_will_run(bench):
     assert plan.tasks([table]) == []
 
 
+def test_some_attacks_are_skipped(bench):
+    plan, whole = bench.plan(skip=("pgd",)), bench.plan()
+    items = [plan.items["convex-figure-3a"]]
+    attacks = {task.subject.attack for task in plan.tasks(items) if task.step == "attack"}
+    assert attacks == {"clean", "deepfool"}
+    assert {path.stem for path in plan.inputs(items[0])} == attacks
+    assert {path.stem for path in whole.inputs(items[0])} == {*attacks, "pgd"}
+
+
+def test_radii_may_depend_on_defense_and_norm(bench):
+    grids = {"none": {"linf": [0.1], "l2": [1.0]}, "at": {"linf": [0.3], "l2": [2.0]}}
+    bench.content["networks"]["fcnn"]["eps"] = grids
+    bench.content["defenses"]["at"] = {}
+    bench.content["attacks"]["deepfool"]["norm"] = "l2"
+    bench.write()
+    plan = bench.plan()
+    for defense, grid in grids.items():
+        network = Network("convex", "digits", "fcnn", defense, 0)
+        assert plan.attack(Run(network, "pgd"))["eps"] == grid["linf"]
+        assert plan.attack(Run(network, "deepfool"))["measured_at"] == grid["l2"]
+        assert "eps" not in plan.attack(Run(network, "clean"))
+
+
 def test_only_some_networks(bench):
     plan = bench.plan(only=("nin",), datasets=frozenset({"digits", "cifar10-subset"}))
     networks = {

@@ -1,5 +1,6 @@
 """The steps one by one, in this process, against direct computations."""
 
+import functools
 import json
 import math
 import statistics
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from adv.attacks.boundary import deepfool
 from adv.attacks.gradient import pgd
-from adv.lab import data, models
+from adv.lab import data, models, peers
 from adv.lab.claims import compare
 from adv.lab.evaluation import psnr
 from adv.lab.training import fit
@@ -157,6 +158,100 @@ def test_psnr_of_an_autoencoder_that_halves_its_input():
     assert values["output"] == pytest.approx(
         [-20 * math.log10(0.05), -20 * math.log10(0.005)], abs=1e-4
     )
+
+
+def test_norms_and_robust_accuracy_are_those_of_the_perturbations():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+        model[1].bias.zero_()
+    x = torch.full((5, 2, 1, 1), 0.25)
+    y = torch.tensor([0, 0, 0, 0, 1])  # the last one is misclassified as it is
+    attacked = y == 0
+    points = x[attacked].clone()
+    points[0] -= 0.3
+    points[1] -= 0.5
+    points[2, 0] = -0.5
+    settings = {"norm": "linf", "measured_at": [0.1, 0.3, 0.6, 1.0]}
+    sample = Sample(model, x, y, attacked, [points], None, settings)
+    values = MEASURES["norms"](sample)
+    assert values["mean"] == pytest.approx((0.3 + 0.5 + 0.75) / 3)
+    assert values["median"] == pytest.approx(0.5)
+    assert values["found"] == 0.75
+    assert values["all"] == math.inf
+    assert MEASURES["robust"](sample) == {
+        "eps": [0.1, 0.3, 0.6, 1.0],
+        "robust": [4 / 5, 3 / 5, 2 / 5, 1 / 5],
+    }
+    assert MEASURES["correct"](sample) == {"accuracy": 0.8}
+    pixels = replace(sample, settings=settings | {"norm": "group_l0", "measured_at": [1]})
+    assert MEASURES["norms"](pixels)["mean"] == 1
+    values = replace(sample, settings=settings | {"norm": "l0"})
+    assert MEASURES["norms"](values)["mean"] == pytest.approx(5 / 3)
+    at = replace(sample, points=[x[attacked], points], eps=[0.1, 1.0])
+    assert MEASURES["robust"](at) == {"eps": [0.1, 1.0], "robust": [4 / 5, 1 / 5]}
+
+
+def test_nested_radii_attack_only_what_still_stands(bench, network, monkeypatch):
+    bench.content["attacks"]["pgd"] |= {"nested": True, "measures": ["robust"]}
+    bench.content["networks"]["fcnn"]["eps"] = {"none": {"linf": [0.01, 0.1, 0.2]}}
+    bench.write()
+    plan, run, given = bench.plan(), Run(network, "pgd"), []
+
+    @functools.wraps(pgd)
+    def counted(model, x, y, **settings):
+        given.append(len(x))
+        return pgd(model, x, y, **settings)
+
+    monkeypatch.setattr("adv.attacks.gradient.pgd", counted)
+    make(plan, run)
+    record = read(plan.record(run))
+    assert record["values"]["eps"] == [0.01, 0.1, 0.2]
+    shares = record["values"]["robust"]
+    assert given[0] == record["attacked"]
+    assert [round(share * 60) for share in shares[:-1]] == given[1:]
+    assert shares == sorted(shares, reverse=True)
+    assert record["passes"]["backward"] == pytest.approx(3 * sum(given) / record["attacked"])
+
+
+def test_a_peer_is_called_counted_and_told_with_its_libraries(bench, network):
+    bench.content["attacks"]["ddn"] = {
+        "call": "peers.ddn",
+        "norm": "l2",
+        "steps": 20,
+        "settings": {"init_epsilon": 0.5},
+        "measured_at": [0.5],
+        "measures": ["norms", "robust"],
+    }
+    bench.write()
+    plan, run = bench.plan(), Run(network, "ddn")
+    make(plan, run)
+    record = read(plan.record(run))
+    assert record["passes"]["backward"] == 20
+    assert record["versions"].keys() >= {"foolbox", "adversarial-robustness-toolbox"}
+    assert "adv.lab.peers.attack" in record["code"]
+    model, test = trained(plan, network), data.load("digits").test
+    some = test[torch.tensor([400 * i // 60 for i in range(60)])]
+    correct = model(some.x).argmax(1) == some.y
+    x, y = some.x[correct], some.y[correct]
+    x_adv = peers.attack("ddn", model, x, y, norm="l2", steps=20, settings={"init_epsilon": 0.5})
+    fooled = model(x_adv).argmax(1) != y
+    mean = (x_adv - x)[fooled].flatten(1).norm(dim=1).mean()
+    assert record["values"]["mean"] == pytest.approx(float(mean), rel=1e-5)
+
+
+def test_a_cell_that_cannot_be_says_why_and_runs_nothing(bench):
+    bench.content["tables"]["3"]["columns"]["rho2"] = {"missing": "no library has it"}
+    bench.write()
+    plan = bench.plan()
+    item = plan.items["convex-3"]
+    assert plan.runs(item.cells["fcnn", "rho2"]) == []
+    why = {(gap["row"], gap["column"]): gap["why"] for gap in summary.table(plan, item)["missing"]}
+    assert why["fcnn", "rho2"] == "no library has it"
+    assert {task.subject.attack for task in plan.tasks([item]) if task.step == "attack"} == {
+        "clean",
+        "deepfool",
+    }
 
 
 def test_radii_of_a_psnr_fill_the_ball():
