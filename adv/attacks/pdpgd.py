@@ -44,7 +44,9 @@ CLASSES = 9
 ROUNDS = 3
 """Linearizations by which the boundary of a class that passed the first round is located."""
 NEWTON = 5
+"""Newton steps for the level of a proximal operator, twice as many for a crossing."""
 TOP = 64
+"""Entries that a crossing sorts at first, on a CPU; all of them where these do not reach."""
 POWERS = {"l1/2": 1 / 2, "l2/3": 2 / 3}
 AMPLE = 240
 """Passes from which on trials and exploration pay."""
