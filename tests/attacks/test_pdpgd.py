@@ -195,6 +195,23 @@ def test_any_norm_with_a_proximal_operator():
     assert (found <= best * 1.03).all()
 
 
+def test_a_regularizer_s_prox_gets_the_multiplier_in_adam_s_metric():
+    """The first step's, by hand: lambda a / psi, psi the root mean square of the loss gradient."""
+    model, x, y, weights = affine(3, 10), inputs(5, 10), torch.zeros(5, dtype=torch.long), []
+
+    def shrink(u, lam):
+        weights.append(lam)
+        return u
+
+    mine = Regularizer(lambda d: d.abs().sum(dim=1), shrink)
+    rules = Settings(step=(0.2, 0.2), gain=None, adapt=False, scout=False)
+    _, seen = watched(pdpgd, model, x, y, norm=mine, steps=3, settings=rules)
+    first = seen[1][1]
+    loss = torch.sigmoid(first["margin"])[:, None] * first["gradient"]
+    expected = first["lam"] * 0.2 / loss.square().mean(dim=1).sqrt()
+    assert torch.allclose(weights[0], expected, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------ networks, brute force
 
 
