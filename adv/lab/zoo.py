@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import adv.lab
 from adv.lab import data, models
 from adv.lab.evaluation import accuracy, psnr, robust_accuracy
+from adv.lab.generative import elbo, fit_wgan
 from adv.lab.training import Loss, Score, colorization, cross_entropy, fit, reconstruction
 
 __all__ = ["Comparison", "Entry", "entry", "load", "names", "store", "train"]
@@ -42,7 +43,10 @@ class Task(NamedTuple):
 TASKS = {
     "reconstruction": Task(reconstruction, lambda x: (x, x)),
     "colorization": Task(colorization, models.split_color),
+    "generation": Task(elbo(), lambda x: (x, x)),
 }
+GAME = "game"
+"""The task of a WGAN, which has a loop of its own instead of a loss."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,12 @@ class Entry:
         data: name of its data set, for ``lab.data.load``.
         model: ``name`` and settings, for ``lab.models.build``.
         training: settings of ``lab.training.fit``; ``best = true`` keeps the best epoch on ``val``.
-        loss: ``name`` such as ``"adversarial.trades"`` (a factory in ``adv.defenses``) and its
-            settings; where empty, the task's, or cross-entropy.
-        task: ``"reconstruction"`` (image to the same image) or ``"colorization"`` (luminance to
-            chroma); empty for a network that classifies, or has another purpose.
+        loss: ``name`` such as ``"adversarial.trades"`` (a factory in ``adv.defenses``, or with
+            ``lab.`` in front in ``adv.lab``) and its settings; where empty, the task's, or
+            cross-entropy.
+        task: ``"reconstruction"`` (image to the same image), ``"colorization"`` (luminance to
+            chroma), ``"generation"`` (a VAE) or ``"game"`` (a WGAN, trained by ``fit_wgan``);
+            empty for a network that classifies, or has another purpose.
         attack: ``name`` such as ``"gradient.pgd"`` (in ``adv.attacks``), ``eps``, ``norm`` and
             settings, under which the robust accuracy is stated; ``samples`` limits the test images.
             Empty for a network that does not classify, which then has no accuracies.
@@ -65,7 +71,7 @@ class Entry:
         cached: weights too large for the package, which live in the user's cache once trained.
         record: written by ``store``: ``command``, ``sha256``, ``parameters``, ``clean``, ``robust``
             (fractions of 1, on the test set) or, of a task, ``psnr`` (in dB, the mean over the test
-            set), ``seconds``, ``device``, ``threads``, ``torch``.
+            set) or the game's last ``distance``, ``seconds``, ``device``, ``threads``, ``torch``.
     """
 
     name: str
@@ -127,6 +133,11 @@ class Comparison:
         if "psnr" in self.made:
             before = f" (stored: {self.stored['psnr']:.2f} dB)" if "psnr" in self.stored else ""
             lines.append(f"  {'test PSNR':<24}{self.made['psnr']:.2f} dB{before}")
+        if "distance" in self.made:
+            before = (
+                f" (stored: {self.stored['distance']:.4f})" if "distance" in self.stored else ""
+            )
+            lines.append(f"  {'critic finds apart':<24}{self.made['distance']:.4f}{before}")
         if self.difference is None:
             lines.append("  nothing stored to compare with")
         else:
@@ -268,20 +279,17 @@ def _make(wanted: Entry, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
     model = models.build(**wanted.model, seed=wanted.seed).to(place)
     settings = dict(wanted.training)
     val = source.val if settings.pop("best", False) else None
-    score = _score(wanted.task)
     start = time.perf_counter()
-    fit(
-        model,
-        source.train,
-        val=val,
-        score=score,
-        loss=_loss(wanted),
-        seed=wanted.seed,
-        progress=progress,
-        **settings,
-    )
+    common: dict[str, Any] = {"seed": wanted.seed, "progress": progress}
+    worth: dict[str, float] = {}
+    if isinstance(model, models.WGAN):
+        game = fit_wgan(model, source.train, **common, **settings)
+        worth["distance"] = round(game.distance[-1], 4)
+    else:
+        score = _score(wanted.task)
+        fit(model, source.train, val=val, score=score, loss=_loss(wanted), **common, **settings)
     seconds = time.perf_counter() - start
-    worth = _worth(wanted, model, source.test.to(place))
+    worth = worth or _worth(wanted, model, source.test.to(place))
     return model.cpu(), {
         "command": wanted.command,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -314,9 +322,13 @@ def _score(task: str) -> Score:
     pairs = _task(task).pairs
 
     @torch.no_grad()
-    def quality(model: nn.Module, x: Tensor, _: Tensor) -> float:
-        shown = (pairs(part) for part in x.split(CHUNK))
-        return float(torch.cat([psnr(model(given), wanted) for given, wanted in shown]).mean())
+    def quality(model: nn.Module, x: Tensor, y: Tensor) -> float:
+        values = []
+        for images, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            given, wanted = pairs(images)
+            told = (labels,) if getattr(model, "classes", 0) else ()
+            values.append(psnr(model(given, *told), wanted))
+        return float(torch.cat(values).mean())
 
     return quality
 
@@ -345,12 +357,13 @@ def _loss(wanted: Entry) -> Loss:
     settings = dict(wanted.loss)
     if not settings:
         return _task(wanted.task).loss if wanted.task else cross_entropy
-    return _resolve("adv.defenses", settings.pop("name"))(**settings)
+    name = settings.pop("name")
+    return _resolve("adv" if name.startswith("lab.") else "adv.defenses", name)(**settings)
 
 
 def _resolve(package: str, name: str) -> Callable[..., Any]:
     """``"adversarial.trades"`` to the function of that module of the package."""
-    module, _, function = name.partition(".")
+    module, _, function = name.rpartition(".")
     try:
         return getattr(importlib.import_module(f"{package}.{module}"), function)
     except (ImportError, AttributeError) as error:

@@ -9,7 +9,7 @@ units that rest at the kink of the ReLU (``input_attack``). Shapes: ``d`` (n, m)
 columns, ``phi`` is (M, m), an input (n,), a hidden vector (m,), a code (M,); all float64.
 
 Source: "Understanding Adversarial Attacks on Autoencoders", section 5 and appendix A, with the
-corrections E8 to E18; chapter ``sensing``.
+corrections E8 to E18; chapter ``autoencoders``.
 """
 
 import math
