@@ -1,9 +1,11 @@
-"""Speed, measured side by side: ``make bench``.
+"""Speed, and strength against cost: ``make bench``.
 
-Each row times two ways to do the same thing in one run and prints their ratio, because times alone
-wander with the machine. Nothing here is asserted: tests of speed are not tests of truth.
+``python -m benchmarks speed`` or ``strength`` does one of the two. Each row of speed times two ways
+to do the same thing in one run and prints their ratio, because times alone wander with the machine.
+Nothing here is asserted: tests of speed are not tests of truth.
 """
 
+import argparse
 import platform
 from collections.abc import Callable, Iterator
 
@@ -91,7 +93,7 @@ def rows(place: torch.device) -> Iterator[Row]:
     )
 
 
-def main() -> None:
+def speed() -> None:
     """Print one line for each comparison."""
     place = device()
     threads = torch.get_num_threads()
@@ -99,6 +101,39 @@ def main() -> None:
     for what, one, first, other, second in rows(place):
         a, b = median(first), median(second)
         print(f"{what:<42} {one} {a * 1e3:8.2f} ms, {other} {b * 1e3:8.2f} ms: x{b / a:.2f}")
+
+
+def contests(given: argparse.Namespace) -> None:
+    """Run the attacks that are not stored yet, and print the tables."""
+    from benchmarks import strength
+    from reproduce import optima
+    from reproduce.files import read
+
+    for network in strength.networks():
+        if given.only and network.name not in given.only.split(","):
+            continue
+        chosen = {} if not given.norms else {"norms": tuple(given.norms.split(","))}
+        if given.budgets:
+            chosen["budgets"] = tuple(int(steps) for steps in given.budgets.split(","))
+        content = strength.contest(network, trust=given.trust, **chosen)
+        known = read(optima.path(network.name)) if network.first else None
+        print(f"\n{network.name}, {len(content['images'])} images of {content['data']}")
+        print(strength.table(content, known).to_string(float_format=lambda v: f"{v:.4g}"))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=("speed", "strength"), help="default: both")
+    parser.add_argument("--only", default="", help="networks, separated by commas")
+    parser.add_argument("--norms", default="", help="separated by commas")
+    parser.add_argument("--budgets", default="", help="passes, separated by commas")
+    parser.add_argument("--trust", action="store_true", help="keep rows of older code")
+    given = parser.parse_args()
+    if given.part != "strength":
+        speed()
+    if given.part != "speed":
+        contests(given)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,253 @@
+"""Strength against cost: ``python -m benchmarks strength``, or ``make bench``.
+
+Each attack gets the same budgets of passes. What it spent is counted and timed from outside, in
+units of the bare forward and backward pass of the same batch, timed right before and after; what it
+found is kept image by image. The rows are stored in ``reproduce/results/benchmark/NAME.json``,
+after each one, and those of today's code and settings are kept, so that a stopped run goes on.
+"""
+
+import importlib.metadata
+import math
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from adv.attacks.boundary import deepfool
+from adv.attacks.common import input_gradient, margin
+from adv.attacks.pdpgd import pdpgd
+from adv.attacks.penalty import carlini_wagner
+from adv.lab import data, device, peers, zoo
+from adv.lab.evaluation import counting, minimal_norms
+from reproduce.files import read, write_json
+from reproduce.plan import ROOT
+from reproduce.versions import digest
+
+__all__ = ["NETWORKS", "NORMS", "contest", "networks", "path", "table"]
+
+RESULTS = ROOT / "reproduce" / "results"
+NORMS = ("linf", "l2", "l1", "l0")
+BUDGETS = (20, 100, 500, 2000)
+SEED = 0
+LONG = 5.0
+"""Seconds from which on a run is timed only once."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the zoo and how many test images are attacked, the first or evenly spaced."""
+
+    name: str
+    samples: int
+    first: bool = False
+
+
+NETWORKS = (
+    Network("digits/mlp-24", 40, first=True),  # those whose optima are proven
+    Network("mnist/lenet5", 100),
+    Network("digits/cnn-at", 100),
+)
+WITHOUT_MNIST = Network("digits/cnn", 100)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An attack: its function, the function whose code decides when a row is old, its budgets."""
+
+    attack: Callable[..., Tensor]
+    code: str
+    budgets: tuple[int, ...] = BUDGETS
+
+
+def entries(norm: str) -> dict[str, Entry]:
+    """The attacks that minimize a norm: ours and those of the libraries."""
+    found = {"pdpgd": Entry(pdpgd, "adv.attacks.pdpgd.pdpgd")}
+    if norm in ("linf", "l2"):
+        found["deepfool"] = Entry(deepfool, "adv.attacks.boundary.deepfool", (20,))
+    if norm == "l2":
+        code, rules = (
+            "adv.attacks.penalty.carlini_wagner",
+            {"searches": 5, "weight": 0.1, "lr": 0.05},
+        )
+        tuned = partial(carlini_wagner, variable="clip", **rules)
+        found["carlini_wagner"] = Entry(carlini_wagner, code)
+        found["carlini_wagner.tuned"] = Entry(tuned, code)
+    limits = {"bb": (20, 100, 500), "jsma": (500, 2000), "deepfool": (20,)}
+    for name in peers.names(norm):
+        call = partial(peers.attack, name)
+        found[f"peers.{name}"] = Entry(call, "adv.lab.peers.attack", limits.get(name, BUDGETS))
+    return found
+
+
+def networks() -> list[Network]:
+    """The networks that this machine has the data for."""
+    there = {row.name for row in data.found() if row.state in ("found", "built in")}
+    chosen = [one if zoo.entry(one.name).data in there else WITHOUT_MNIST for one in NETWORKS]
+    return list(dict.fromkeys(chosen))
+
+
+def path(name: str, results: Path = RESULTS) -> Path:
+    """Where the rows of a network are."""
+    return results / "benchmark" / f"{name.replace('/', '-')}.json"
+
+
+def contest(
+    network: Network,
+    *,
+    norms: tuple[str, ...] = NORMS,
+    budgets: tuple[int, ...] = BUDGETS,
+    attacks: tuple[str, ...] = (),
+    trust: bool = False,
+    results: Path = RESULTS,
+    show: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run what is not stored yet, the small budgets first.
+
+    Args:
+        network: which, and on how many images.
+        norms: the norms.
+        budgets: passes for each image.
+        attacks: names as ``entries`` has them; empty for all.
+        trust: keep rows of older code.
+        results: the folder of results.
+        show: gets a line for each new row.
+
+    Returns:
+        The file's content: ``rows``, each with ``attack``, ``norm``, ``steps``, what was found
+        (``norms``: a distance for each image, 0 where it is misclassified as it is, null where the
+        attack failed) and what it cost for an attacked image: ``forward`` and ``backward`` passes,
+        and ``cost``, its time in units of a bare forward and backward pass.
+    """
+    source = zoo.entry(network.name)
+    test = data.load(source.data).test
+    count = min(network.samples, len(test))
+    index = torch.arange(count) if network.first else torch.arange(count) * len(test) // count
+    some, model = test[index].to(device()), zoo.load(network.name, device=device())
+    origin = {
+        "network": network.name,
+        "weights": source.record["sha256"],
+        "data": source.data,
+        "images": index.tolist(),
+        "seed": SEED,
+    }
+    kept = _stored(path(network.name, results), origin)
+    content: dict[str, Any] = {}
+    for key, entry in _wanted(norms, budgets, attacks):
+        code = digest(entry.code)
+        if key in kept and (trust or kept[key]["code"] == code):
+            continue
+        kept[key] = dict(zip(("norm", "steps", "attack"), key, strict=True)) | {"code": code}
+        kept[key] |= _measure(model, some.x, some.y, entry.attack, key[0], key[1])
+        content = origin | _provenance() | {"rows": list(kept.values())}
+        write_json(path(network.name, results), content)
+        show(_line(network.name, kept[key]))
+    return content or read(path(network.name, results)) or {}
+
+
+def table(content: Mapping[str, Any], optima: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """Mean and median distance of the fooled, their share, the cost, and the gap to the optima.
+
+    Args:
+        content: what ``contest`` returned.
+        optima: what ``reproduce.optima`` stored for the same network.
+    """
+    rows = []
+    for row in content["rows"]:
+        norms = torch.tensor([math.inf if n is None else n for n in row["norms"]])
+        attacked, found = norms > 0, (norms > 0) & (norms < math.inf)
+        line = {name: row[name] for name in ("norm", "attack", "steps")}
+        line |= {"mean": float(norms[found].mean()), "median": float(norms[attacked].median())}
+        line |= {"found": int(found.sum()) / int(attacked.sum())}
+        line |= {name: row[name] for name in ("forward", "backward", "cost")}
+        if optima is not None:
+            best = torch.tensor([float(one["upper"]) for one in optima["norms"][row["norm"]]])
+            line["gap"] = float((norms / best - 1)[found].mean())
+        rows.append(line)
+    return pd.DataFrame(rows).sort_values(["norm", "steps", "mean"]).set_index(["norm", "attack"])
+
+
+# ---------------------------------------------------------------------------------------- helpers
+
+
+def _wanted(
+    norms: tuple[str, ...], budgets: tuple[int, ...], attacks: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, int, str], Entry]]:
+    for steps in sorted(budgets):
+        for norm in norms:
+            for name, entry in entries(norm).items():
+                if steps in entry.budgets and name in (attacks or (name,)):
+                    yield (norm, steps, name), entry
+
+
+def _measure(
+    model: nn.Module, x: Tensor, y: Tensor, attack: Callable[..., Tensor], norm: str, steps: int
+) -> dict[str, Any]:
+    """What an attack finds, and what that costs for each image that it attacks."""
+    attacked = (margin(model(x).detach(), y) > 0).sum().item()
+    bare, seconds = _bare(model, x, y), math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minimal_norms(model, x[:9], y[:9], attack, norm=norm, steps=2, seed=SEED)  # may compile
+        for run in range(2):  # a short first run's time is that of loading and compiling as well
+            if run and seconds > LONG:
+                break
+            with counting(model) as counts:
+                start = _now()
+                norms = minimal_norms(model, x, y, attack, norm=norm, steps=steps, seed=SEED)
+                seconds = min(seconds, _now() - start)
+    bare = (bare + _bare(model, x, y)) / 2
+    return {
+        "forward": round(counts.forward / attacked, 1),
+        "backward": round(counts.backward / attacked, 1),
+        "cost": round(seconds / (bare * attacked / len(x)), 1),
+        "norms": [None if math.isinf(n) else float(f"{n:.5g}") for n in norms.tolist()],
+    }
+
+
+def _bare(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Seconds of a forward and a backward pass of the batch: the least of some."""
+    times = []
+    for _ in range(8):
+        start = _now()
+        input_gradient(lambda z: margin(model(z), y), x)
+        times.append(_now() - start)
+    return min(times[1:])
+
+
+def _now() -> float:
+    """Processor time, which other programs on the machine don't stretch; on a GPU, the clock."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time() if device().type == "cpu" else time.perf_counter()
+
+
+def _stored(file: Path, origin: Mapping[str, Any]) -> dict[tuple[str, int, str], dict[str, Any]]:
+    content = read(file) or {}
+    if any(content.get(key) != value for key, value in origin.items()):
+        return {}
+    return {(row["norm"], row["steps"], row["attack"]): row for row in content["rows"]}
+
+
+def _provenance() -> dict[str, Any]:
+    place = device()
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
+    packages = {one: importlib.metadata.version(one) for one in ("adv", "numpy", *peers.LIBRARIES)}
+    return {
+        "device": {"type": place.type, "name": name, "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **packages},
+    }
+
+
+def _line(network: str, row: Mapping[str, Any]) -> str:
+    norms = [n for n in row["norms"] if n]
+    mean = sum(norms) / max(1, len(norms))
+    text = f"{network:<14} {row['norm']:<4} {row['attack']:<15} {row['steps']:>5} steps"
+    return f"{text}  mean {mean:8.4f} of {len(norms):>3}  cost {row['cost']:8.1f}"
