@@ -1,0 +1,78 @@
+"""The race of attacks: its rows against direct calls, and that a stopped race goes on."""
+
+import json
+from functools import partial
+
+import pytest
+
+from adv.attacks.pdpgd import pdpgd
+from adv.lab import data, peers, zoo
+from adv.lab.evaluation import minimal_norms
+from benchmarks import strength
+from benchmarks.strength import Network, contest, path, table
+
+NETWORK = Network("digits/mlp-24", 6, first=True)
+SMALL = {"norms": ("l2",), "budgets": (20,), "attacks": ("pdpgd", "peers.ddn", "deepfool")}
+
+
+@pytest.fixture
+def raced(tmp_path):
+    lines = []
+    return contest(NETWORK, results=tmp_path, show=lines.append, **SMALL), lines, tmp_path
+
+
+def test_rows_are_what_the_attacks_find(raced):
+    content, lines, _ = raced
+    rows = {row["attack"]: row for row in content["rows"]}
+    assert list(rows) == ["pdpgd", "deepfool", "peers.ddn"]
+    assert len(lines) == 3
+    model, test = zoo.load("digits/mlp-24"), data.load("digits").test
+    for name, attack in (("pdpgd", pdpgd), ("peers.ddn", partial(peers.attack, "ddn"))):
+        norms = minimal_norms(model, test.x[:6], test.y[:6], attack, norm="l2", steps=20)
+        assert rows[name]["norms"] == pytest.approx(norms.tolist(), rel=1e-4)
+        assert rows[name]["backward"] == 20
+        assert 20 <= rows[name]["forward"] <= 30
+        assert rows[name]["cost"] > 0
+    assert content["images"] == list(range(6))
+
+
+def test_a_stopped_race_goes_on_and_other_code_runs_again(raced):
+    content, _, folder = raced
+    file, lines = path(NETWORK.name, folder), []
+    contest(NETWORK, results=folder, show=lines.append, **SMALL)
+    assert lines == []
+    content["rows"][0]["code"] = "older"
+    del content["rows"][1]
+    file.write_text(json.dumps(content))
+    contest(NETWORK, results=folder, show=lines.append, trust=True, **SMALL)
+    assert [line.split()[2] for line in lines] == ["deepfool"]
+    contest(NETWORK, results=folder, show=lines.append, **SMALL)
+    assert [line.split()[2] for line in lines] == ["deepfool", "pdpgd"]
+    again = contest(Network(NETWORK.name, 5), results=folder, show=lines.append, **SMALL)
+    assert len(again["images"]) == 5
+    assert len(lines) == 5, "other images, all anew"
+
+
+def test_the_table_counts_only_what_was_attacked():
+    row = {"norm": "l2", "attack": "some", "steps": 20, "forward": 1, "backward": 1, "cost": 1}
+    rows = [row | {"norms": [0.0, 0.2, 0.6, None]}]
+    optima = {"norms": {"l2": [{"upper": u} for u in (0.0, 0.1, 0.6, 0.5)]}}
+    (line,) = table({"rows": rows}, optima).to_dict("records")
+    assert line["mean"] == pytest.approx(0.4)
+    assert line["median"] == pytest.approx(0.6)
+    assert line["found"] == pytest.approx(2 / 3)
+    assert line["gap"] == pytest.approx(0.5)
+
+
+def test_every_norm_has_ours_and_a_peer_and_mnist_is_replaced_where_missing(monkeypatch):
+    for norm in strength.NORMS:
+        names = list(strength.entries(norm))
+        assert names[0] == "pdpgd"
+        assert any(name.startswith("peers.") for name in names)
+    found = [row for row in data.found() if row.name == "digits"]
+    monkeypatch.setattr(strength.data, "found", lambda: found)
+    assert [one.name for one in strength.networks()] == [
+        "digits/mlp-24",
+        "digits/cnn",
+        "digits/cnn-at",
+    ]
