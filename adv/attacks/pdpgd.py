@@ -239,6 +239,8 @@ def pdpgd(
     with eval_mode(model):
         search = _Search(model, x.detach(), y, penalty, targeted, bounds, steps, observe)
         rivals = search.begin()
+        if not len(search.x):  # all are adversarial already
+            return search.finish()
         if targeted or not rules.scout:
             rival, distance = None, search.first_distance()
         else:

@@ -351,6 +351,16 @@ def test_finished_samples_cost_one_pass_and_come_back_as_they_were(digits):
     assert torch.equal(pdpgd(model, x[:6][done], wrong[done], steps=9), x[:6][done])
 
 
+@pytest.mark.parametrize("steps", [1, 20, 250])
+@pytest.mark.parametrize("choice", ["recommended", "thesis"])
+def test_nothing_to_do_is_done(digits, steps, choice):
+    model, x, y = digits
+    wrong = (model(x[:3]).argmax(1) + 1) % 10
+    for norm in ("linf", "l0"):
+        x_adv = pdpgd(model, x[:3], wrong, norm=norm, steps=steps, restarts=1, settings=choice)
+        assert torch.equal(x_adv, x[:3])
+
+
 def test_observe_sees_every_pass_in_order(digits):
     model, x, y = digits
     x_adv, seen = watched(pdpgd, model, x, y, norm="linf", steps=300)
