@@ -354,7 +354,7 @@ def test_finished_samples_cost_one_pass_and_come_back_as_they_were(digits):
 @pytest.mark.parametrize("steps", [1, 20, 250])
 @pytest.mark.parametrize("choice", ["recommended", "thesis"])
 def test_nothing_to_do_is_done(digits, steps, choice):
-    model, x, y = digits
+    model, x, _ = digits
     wrong = (model(x[:3]).argmax(1) + 1) % 10
     for norm in ("linf", "l0"):
         x_adv = pdpgd(model, x[:3], wrong, norm=norm, steps=steps, restarts=1, settings=choice)
