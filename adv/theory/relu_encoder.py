@@ -174,7 +174,7 @@ def input_attack(
         seed: of the others.
 
     Returns:
-        The best local minimum found. The problem is not convex: a better one may exist.
+        The best local minimum found. The problem is not convex, so a better one may exist.
 
     Raises:
         ValueError: shapes that don't fit, or ``lam`` not positive.

@@ -95,7 +95,7 @@ class FourierSignals:
 
     @cached_property
     def supports(self) -> Int[Tensor, "patterns K"]:
-        """The combinations that occur: distinct, each equally likely to be among them."""
+        """The combinations that occur, distinct and drawn uniformly."""
         draws = torch.Generator().manual_seed(self.seed)
         found: dict[tuple[int, ...], None] = {}
         while len(found) < self.patterns:
