@@ -6,9 +6,7 @@ found is kept image by image. The rows are stored in ``reproduce/results/benchma
 after each one, and those of today's code and settings are kept, so that a stopped run goes on.
 """
 
-import importlib.metadata
 import math
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +26,7 @@ from adv.attacks.penalty import carlini_wagner
 from adv.lab import data, device, peers, zoo
 from adv.lab.evaluation import counting, minimal_norms
 from reproduce.files import read, write_json
+from reproduce.origin import provenance
 from reproduce.plan import ROOT
 from reproduce.versions import digest
 
@@ -146,7 +145,7 @@ def contest(
             continue
         kept[key] = dict(zip(("norm", "steps", "attack"), key, strict=True)) | {"code": code}
         kept[key] |= _measure(model, some.x, some.y, entry.attack, key[0], key[1])
-        content = origin | _provenance() | {"rows": list(kept.values())}
+        content = origin | provenance(packages=peers.LIBRARIES) | {"rows": list(kept.values())}
         write_json(path(network.name, results), content)
         show(_line(network.name, kept[key]))
     return content or read(path(network.name, results)) or {}
@@ -234,16 +233,6 @@ def _stored(file: Path, origin: Mapping[str, Any]) -> dict[tuple[str, int, str],
     if any(content.get(key) != value for key, value in origin.items()):
         return {}
     return {(row["norm"], row["steps"], row["attack"]): row for row in content["rows"]}
-
-
-def _provenance() -> dict[str, Any]:
-    place = device()
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
-    packages = {one: importlib.metadata.version(one) for one in ("adv", "numpy", *peers.LIBRARIES)}
-    return {
-        "device": {"type": place.type, "name": name, "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **packages},
-    }
 
 
 def _line(network: str, row: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adv.lab.training import DivergenceError
 from adv.theory.sensing import FourierSignals, gaussian_encoder, matched
 from reproduce.files import read, write_json
-from reproduce.optima import provenance
+from reproduce.origin import provenance
 from reproduce.plan import ROOT
 from reproduce.versions import digest
 
@@ -142,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=FILE, help="the file to write")
     given = parser.parse_args(arguments)
     stored = read(given.results) or {}
-    rows = stored.get("rows", []) if stored.get("code") == {CODE: digest(CODE)} else []
+    origin = {"code": {CODE: digest(CODE)}} | provenance(place=torch.device("cpu"))
+    rows = stored.get("rows", []) if stored.get("code") == origin["code"] else []
     for name in given.recipes.split(","):
         recipe = asdict(RECIPES[name])
         recipe["amplitudes"] = list(recipe["amplitudes"])
@@ -155,9 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
             seconds = {"seconds": round(time.process_time() - start, 1)}
             rows = [row for row in rows if (row["recipe"], row["seed"]) != (name, seed)]
             rows.append(key | measured | seconds)
-            write_json(
-                given.results, {"code": {CODE: digest(CODE)}} | provenance() | {"rows": rows}
-            )
+            write_json(given.results, origin | {"rows": rows})
             print(name, seed, measured["values"], measured["error"], flush=True)
 
 

@@ -7,9 +7,6 @@ one the file is written, so that a run that was stopped goes on where it was.
 """
 
 import argparse
-import importlib.metadata
-import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +17,11 @@ import torch
 from adv.lab import data, zoo
 from adv.theory.exact import Kind, minimal_perturbation
 from reproduce.files import read, write_json
+from reproduce.origin import provenance
 from reproduce.plan import ROOT
 from reproduce.versions import digest
 
-__all__ = ["main", "path", "provenance", "solve"]
+__all__ = ["main", "path", "solve"]
 
 RESULTS = ROOT / "reproduce" / "results"
 CODE = "adv.theory.exact.minimal_perturbation"
@@ -69,6 +67,7 @@ def solve(
         "settings": settings,
         "code": {CODE: digest(CODE)},
     }
+    made = provenance(packages=("scipy",), place=torch.device("cpu"))
     rows = _stored(path(name, results), origin, trust)
     model, test = zoo.load(name), data.load(wanted.data).test
     content: dict[str, Any] = {}
@@ -91,7 +90,7 @@ def solve(
                     "nodes": proved.nodes,
                 }
             )
-            content = origin | provenance() | {"norms": rows}
+            content = origin | made | {"norms": rows}
             write_json(path(name, results), content)
             print(f"{norm} {index}: {proved.lower:.6g} to {proved.upper:.6g}", flush=True)
     return content or read(path(name, results)) or {}
@@ -102,19 +101,6 @@ def _stored(file: Path, origin: Mapping[str, Any], trust: bool) -> dict[str, lis
     content = read(file) or {}
     keys = [key for key in origin if not (trust and key == "code")]
     return content["norms"] if all(content.get(key) == origin[key] for key in keys) else {}
-
-
-def provenance() -> dict[str, Any]:
-    """Device, versions and commit of a computation."""
-    git = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    packages = {name: importlib.metadata.version(name) for name in ("adv", "numpy", "scipy")}
-    return {
-        "device": {"type": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **packages},
-        "commit": git.stdout.strip() or None,
-    }
 
 
 def main(arguments: list[str] | None = None) -> None:

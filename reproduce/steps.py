@@ -6,16 +6,12 @@ an attack at the end.
 
 import argparse
 import importlib
-import importlib.metadata
 import inspect
 import math
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +23,8 @@ from adv.lab.evaluation import counting, perturb, success
 from adv.lab.training import cross_entropy, fit
 from reproduce.files import digest, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
-from reproduce.plan import ROOT, Network, Plan, Run
+from reproduce.origin import provenance
+from reproduce.plan import Network, Plan, Run
 
 __all__ = ["attack", "chosen", "main", "measure", "perturbed", "radii", "train"]
 
@@ -241,19 +238,14 @@ def write_record(
     network = subject if isinstance(subject, Network) else subject.network
     names = {"paper": network.paper, "dataset": network.dataset, "model": network.model}
     names |= {"defense": network.defense}
-    peer = False
+    packages: tuple[str, ...] = ()
     if isinstance(subject, Run):
         names |= {"attack": subject.attack}
-        peer = plan.attack(subject).get("call", "").startswith("peers.")
-    origin = {
-        "seed": network.seed,
-        "seconds": round(seconds, 2),
-        "device": _device(),
-        "versions": _versions(peer),
-        "code": plan.versions(subject),
-        **_commit(plan.files(subject)),
-    }
-    write_json(plan.record(subject), names | content | origin)
+        if plan.attack(subject).get("call", "").startswith("peers."):
+            packages = peers.LIBRARIES
+    made = {"seed": network.seed, "seconds": round(seconds, 2), "code": plan.versions(subject)}
+    origin = provenance(plan.files(subject), packages=packages)
+    write_json(plan.record(subject), names | content | made | origin)
 
 
 def _origin(plan: Plan, run: Run) -> dict[str, Any]:
@@ -271,35 +263,6 @@ def _network(plan: Plan, network: Network) -> nn.Module:
     model = models.build(**plan.recipe(network)["model"])
     model.load_state_dict(load_file(path))
     return model.to(device()).eval()
-
-
-# ------------------------------------------------------------------------------------- provenance
-
-
-def _device() -> dict[str, Any]:
-    place = device()
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
-    return {"type": place.type, "name": name, "threads": torch.get_num_threads()}
-
-
-def _versions(peer: bool) -> dict[str, str]:
-    libraries = ("adv", "numpy", *(peers.LIBRARIES if peer else ()))
-    packages = {name: importlib.metadata.version(name) for name in libraries}
-    return {"python": platform.python_version(), "torch": torch.__version__, **packages}
-
-
-def _commit(files: list[Path]) -> dict[str, Any]:
-    """The commit, and which files differed from it; None outside a repository."""
-
-    def git(*arguments: str | Path) -> str | None:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changed = git("diff", "--name-only", "HEAD", "--", *files)
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "modified": None if changed is None else changed.splitlines(),
-    }
 
 
 # ---------------------------------------------------------------------------------------- helpers

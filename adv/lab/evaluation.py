@@ -57,8 +57,8 @@ Attack = Callable[..., Tensor]
 
 CHUNK = 500
 FINITE = (-sys.float_info.max, sys.float_info.max)
-SYMBOLS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$", "l0": "pixels"}
-SYMBOLS["group_l0"] = SYMBOLS["l0"]
+SYMBOLS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
+SYMBOLS |= dict.fromkeys(("l0", "group_l0"), "pixels")
 
 
 # ------------------------------------------------------------------------------------- at points

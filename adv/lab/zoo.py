@@ -45,8 +45,6 @@ TASKS = {
     "colorization": Task(colorization, models.split_color),
     "generation": Task(elbo(), lambda x: (x, x)),
 }
-GAME = "game"
-"""The task of a WGAN, which has a loop of its own instead of a loss."""
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,6 @@ def test_bad_settings(wrong, error, says):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_the_device_makes_no_difference(norm):
     model, x, y = affine(3, 8), inputs(6, 8), torch.arange(6) % 3

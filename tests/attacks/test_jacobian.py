@@ -496,7 +496,6 @@ def test_bad_input_is_refused(error, message, call):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_makes_no_difference():
     J, r = gaussian(3, 5, 8), gaussian(3, 5, seed=1)
     there = J.cuda()

@@ -540,7 +540,8 @@ def test_numbers_name_the_norms_too(digits, name, p):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_at_equal_passes_it_is_nearer_than_another_library_s_attack(digits, norm):
-    fb = pytest.importorskip("foolbox")
+    import foolbox as fb
+
     model, x, y = digits
     peer = fb.PyTorchModel(model, bounds=(0, 1), device="cpu")
     named = {"linf": "LInfFMNAttack", "l2": "L2FMNAttack", "l1": "L1FMNAttack"}
@@ -552,7 +553,6 @@ def test_at_equal_passes_it_is_nearer_than_another_library_s_attack(digits, norm
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
 def test_devices_agree(digits, norm):
     model, x, y = digits

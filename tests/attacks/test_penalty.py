@@ -188,12 +188,13 @@ def test_more_bad_settings_are_refused():
 
 @pytest.mark.filterwarnings("ignore")
 def test_against_foolbox(digits):
-    fb = pytest.importorskip("foolbox")
+    import foolbox as fb
+
     model, x, y = digits
     with torch.no_grad():
         keep = model(x).argmax(1) == y
     x, y = x[keep][:20], y[keep][:20]
-    peer = fb.PyTorchModel(nn.Sequential(model), bounds=(0, 1), device="cpu")
+    peer = fb.PyTorchModel(nn.Sequential(model).eval(), bounds=(0, 1), device="cpu")
     attack = fb.attacks.L2CarliniWagnerAttack(
         binary_search_steps=6, steps=150, stepsize=0.05, initial_const=0.1, abort_early=False
     )

@@ -624,7 +624,6 @@ def test_inference_mode_makes_no_difference(curved):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
 def test_the_device_makes_no_difference(norm, curved):
     model, x, y = curved

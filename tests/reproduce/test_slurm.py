@@ -15,7 +15,6 @@ from reproduce.files import read
 from reproduce.steps import attack, measure, train
 from reproduce.summary import table
 
-pytest.importorskip("snakemake_executor_plugin_slurm")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue")
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 ABSENT = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]

@@ -5,12 +5,8 @@ import signal
 import subprocess
 import time
 
-import pytest
-
 from reproduce.files import read
 from reproduce.plan import ROOT
-
-pytest.importorskip("snakemake")
 
 
 def records(plan):

@@ -1,0 +1,46 @@
+"""Where and with what a result was computed: device, versions of packages, commit."""
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adv.lab import device
+from reproduce.plan import ROOT
+
+__all__ = ["provenance"]
+
+
+def provenance(
+    files: Iterable[Path] = (), *, packages: Iterable[str] = (), place: torch.device | None = None
+) -> dict[str, Any]:
+    """What to store beside a result.
+
+    Args:
+        files: the code that made it.
+        packages: what it rests on beside Python, PyTorch, numpy and this module.
+        place: the device; by default the one that ``lab.device`` chooses.
+
+    Returns:
+        ``device`` (type, name, threads), ``versions``, ``commit``, and ``modified``: which of the
+        files differed from it. The last two are None outside a repository.
+    """
+    place = device() if place is None else place
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
+    versions = {one: importlib.metadata.version(one) for one in ("adv", "numpy", *packages)}
+    changed = _git("diff", "--name-only", "HEAD", "--", *files) if (files := list(files)) else ""
+    return {
+        "device": {"type": place.type, "name": name, "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": None if changed is None else changed.splitlines(),
+    }
+
+
+def _git(*arguments: str | Path) -> str | None:
+    done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
