@@ -30,6 +30,7 @@ from adv.attacks.common import (
     objective,
 )
 from adv.attacks.gradient import fgsm, noise, pgd
+from adv.attacks.latent import latent_fgsm, latent_pgd
 from adv.geometry import Norm, project, room, steepest
 from adv.geometry import norm as length
 
@@ -37,7 +38,12 @@ __all__ = ["adversarial_loss", "ascend", "joint", "kl", "trades", "vat", "virtua
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Attack = Callable[..., Tensor]
-NAMED: dict[str, Attack] = {"fgsm": fgsm, "pgd": pgd}
+NAMED: dict[str, Attack] = {
+    "fgsm": fgsm,
+    "pgd": pgd,
+    "latent_fgsm": latent_fgsm,
+    "latent_pgd": latent_pgd,
+}
 
 
 # --------------------------------------------------------------------------- adversarial training
@@ -54,7 +60,8 @@ def adversarial_loss(
     $\ell+\lambda\ell_{adv}$ is $\alpha=1/(1+\lambda)$, the whole divided by $1+\lambda$.
 
     Args:
-        attack: ``"pgd"``, ``"fgsm"``, or a function ``(model, x, y, *, seed, ...) -> x_adv``.
+        attack: ``"pgd"``, ``"fgsm"``, ``"latent_pgd"``, ``"latent_fgsm"``, or a function
+            ``(model, x, y, *, seed, ...) -> x_adv``.
         mix: weight of the clean loss, in [0, 1].
         loss: ``"ce"``, ``"margin"`` or a function ``(logits, y) -> (B,)``; averaged over the batch.
         settings: of the attack, such as ``eps=0.2, steps=7``, but no ``seed``: each batch draws

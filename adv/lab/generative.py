@@ -1,7 +1,8 @@
 r"""Generative networks: the evidence lower bound, how tight it is, and the Wasserstein game.
 
 ``elbo`` is a loss for ``lab.training.fit``; ``evidence`` measures what it bounds. A WGAN is a game
-of two networks and has a loop of its own, ``fit_wgan``. The networks are in ``lab.models``.
+of two networks and has a loop of its own, ``fit_wgan``. The networks are in ``lab.models``;
+``VAEManifold`` is one of them as ``attacks.latent`` wants it.
 """
 
 import math
@@ -18,7 +19,16 @@ from adv.lab.data import Split
 from adv.lab.models import VAE, WGAN
 from adv.lab.training import DivergenceError, Loss
 
-__all__ = ["Game", "divergence", "elbo", "evidence", "fit_wgan", "gradient_penalty", "samples"]
+__all__ = [
+    "Game",
+    "VAEManifold",
+    "divergence",
+    "elbo",
+    "evidence",
+    "fit_wgan",
+    "gradient_penalty",
+    "samples",
+]
 
 
 def divergence(
@@ -132,6 +142,28 @@ def samples(
     if isinstance(model, WGAN):
         return model.decode(z)
     return model.decode(z, None if label is None else torch.full_like(z[:, 0], label).long())
+
+
+class VAEManifold(nn.Module):
+    """A variational autoencoder as the manifold of ``attacks.latent``: posterior mean and decoder.
+
+    Args:
+        vae: the model; one with classes is told the label, another ignores it.
+
+    Source: chapter ``manifold``.
+    """
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def encode(self, x: Float[Tensor, "B C H W"], y: Int[Tensor, " B"]) -> Float[Tensor, "B k"]:
+        """The posterior's mean."""
+        return self.vae.posterior(x, y if self.vae.classes else None)[0]
+
+    def decode(self, z: Float[Tensor, "B k"], y: Int[Tensor, " B"]) -> Float[Tensor, "B C H W"]:
+        """Images in (0, 1)."""
+        return self.vae.decode(z, y if self.vae.classes else None)
 
 
 # ----------------------------------------------------------------------------- the Wasserstein game

@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 
 from adv.attacks.gradient import pgd
 from adv.lab import data, zoo
+from adv.lab.generative import VAEManifold
 from adv.lab.models import build, join_color, split_color
 from adv.lab.training import cross_entropy
 
@@ -207,6 +208,37 @@ def test_losses_come_from_the_recipe(tiny, monkeypatch):
     assert seen == {"eps": 0.5, "power_steps": 2}
     assert told.made["parameters"] == 64 * 12 + 12 + 12 * 10 + 10
     assert zoo.entry("tiny/vat").loss["name"] == "adversarial.vat"
+
+
+def test_a_manifold_of_a_recipe_is_a_trained_vae(tiny, monkeypatch):
+    seen = {}
+
+    def fake(attacks, **settings):
+        seen.update(attacks=attacks, settings=settings)
+        return cross_entropy
+
+    store("tiny/vae")
+    file = tiny / zoo.MANIFEST
+    recipe = """
+["tiny/latent"]
+data = "digits"
+model = { name = "mlp", sizes = [64, 10] }
+training = { epochs = 1 }
+loss = { name = "adversarial.joint", attacks = [{ attack = "fgsm" }, { manifold = "tiny/vae" }] }
+"""
+    file.write_text(file.read_text() + recipe)
+    monkeypatch.setattr("adv.defenses.adversarial.joint", fake)
+    train("tiny/latent")
+    first, second = seen["attacks"]
+    assert first == {"attack": "fgsm"}
+    assert isinstance(second["manifold"], VAEManifold)
+    test = data.load("digits").test
+    again = zoo.load("tiny/vae").posterior(test.x[:3], test.y[:3])[0]
+    assert torch.equal(second["manifold"].encode(test.x[:3], test.y[:3]), again)
+    file.write_text(file.read_text().replace('"tiny/vae" }]', '"tiny/wgan" }]'))
+    store("tiny/wgan")
+    with pytest.raises(ValueError, match="not 'tiny/wgan'"):
+        train("tiny/latent")
 
 
 def test_wrong_names_in_a_recipe(tiny):
