@@ -4,22 +4,31 @@ A measure takes a ``Sample`` and returns named values: numbers, or lists with on
 Shares are fractions of 1; a table's settings scale them to what the paper prints.
 """
 
+import base64
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from adv.attacks.convex import margin_radius
 from adv.geometry import Norm, pixels
 from adv.geometry import norm as length
 from adv.lab.evaluation import CHUNK, accuracy, psnr, rho_adv, success
+from adv.lab.models import VAE
+from reproduce.pairs import partners
 
 __all__ = ["MEASURES", "Sample", "Value"]
 
 Value = float | list[float]
+Named = Mapping[str, float | str | list[float]]
+# Images of a strip; and which eigenvalues are stored: the first 30, of the others every fifth.
+SHOWN = 8
+LEADING, EVERY = 30, 5
 
 
 @dataclass(frozen=True)
@@ -189,12 +198,153 @@ def noise_ratio(sample: Sample) -> dict[str, Value]:
     }
 
 
+def reconstruction(sample: Sample) -> Named:
+    """What an autoencoder makes of its inputs: squared error an image, summed over the pixels.
+
+    ``error`` is against what is wanted: of ``target: pair`` the target image, else the clean image
+    itself; ``relative`` the same over the images' mean squared distance from their mean, so that 1
+    is what the mean image gets. ``best`` is the error of the clean wanted images, which an attack
+    cannot beat by more than luck; ``source`` that against the source image.
+
+    Source: "Understanding Adversarial Attacks on Autoencoders", section 5.
+    """
+    wanted = _wanted(sample)
+    output = _outputs(sample.model, sample.points[0])
+    error = _square(output - wanted)
+    return {
+        "error": error,
+        "relative": error / _square(wanted - wanted.mean(dim=0)),
+        "best": _square(_outputs(sample.model, wanted) - wanted),
+        "source": _square(output - sample.x),
+    }
+
+
+def code(sample: Sample) -> Named:
+    """How far an attack moved the codes to the targets': mean distances before and after.
+
+    ``moved`` is the mean ratio of the two, ``length`` the mean l2 norm of the perturbation.
+
+    Source: "Understanding Adversarial Attacks on Autoencoders", (1.2).
+    """
+    start = torch.zeros_like(sample.x) if sample.settings.get("start") == "zero" else sample.x
+    codes = [_codes(sample.model, images) for images in (start, sample.points[0], _wanted(sample))]
+    before, after = ((one - codes[2]).norm(dim=1) for one in codes[:2])
+    return {
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "moved": float((after / before).mean()),
+        "length": float(length(sample.points[0] - start, "l2").mean()),
+    }
+
+
+def pictures(sample: Sample) -> Named:
+    """The first images, what was made of them, and what was wanted, as strips.
+
+    Each is a PNG file in base64, images side by side: ``source``, ``input``, ``wanted``, and what
+    the model makes of each, ``source-output``, ``output`` and ``wanted-output``; without pairs only
+    ``source`` and ``output``. Inputs from a black image are shown on grey, as perturbations.
+    """
+    if sample.settings.get("target") != "pair":
+        few = sample.x[:SHOWN]
+        return {"source": _strip(few), "output": _strip(_outputs(sample.model, few))}
+    inputs = {"source": sample.x, "": sample.points[0], "wanted": _wanted(sample)}
+    strips = {}
+    for name, images in inputs.items():
+        few = images[:SHOWN]
+        shown = few
+        if name == "" and sample.settings.get("start") == "zero":
+            shown = 0.5 + 0.5 * few / few.abs().max()
+        strips[name or "input"] = _strip(shown)
+        strips[f"{name}-output".lstrip("-")] = _strip(_outputs(sample.model, few))
+    return strips
+
+
+def _strip(images: Tensor) -> str:
+    levels = (images.clamp(0, 1) * 255).round().byte().cpu()
+    row = torch.cat(list(levels), dim=2).permute(1, 2, 0).squeeze(2).numpy()
+    file = io.BytesIO()
+    Image.fromarray(row).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _wanted(sample: Sample) -> Tensor:
+    """What a reconstruction is compared with: the partner's image, or one's own."""
+    if sample.settings.get("target") != "pair":
+        return sample.x
+    return sample.x[partners(len(sample.x)).to(sample.x.device)]
+
+
+def _square(difference: Tensor) -> float:
+    return float(difference.flatten(1).square().sum(dim=1).mean())
+
+
+@torch.no_grad()
+def _codes(model: nn.Module, x: Tensor) -> Tensor:
+    if not isinstance(model, VAE):
+        raise TypeError(f"codes are of a VAE, not of a {type(model).__name__}")
+    return torch.cat([model.posterior(part)[0] for part in x.split(CHUNK)])
+
+
+def kept(sample: Sample) -> Named:
+    """Share of all images that the perturbed ones of each radius are classified as.
+
+    Images that weren't attacked count as wrong; with ``every: true`` all are, as an attack through
+    a generative model may also mend what was wrong. Without radii the only one is 0.
+
+    Source: "Disentangling Adversarial Robustness", Tables 1 and 2.
+    """
+    y = sample.y[sample.attacked]
+    right = [success(sample.model, points, y, targeted=True) for points in sample.points]
+    shares = [float(flags.sum()) / len(sample.x) for flags in right]
+    return {"eps": list(sample.eps or [0.0]), "kept": shares}
+
+
+def spectra(sample: Sample) -> Named:
+    """Eigenvalues of the covariance of each class's perturbed images, largest first.
+
+    ``spectrum-C`` is of class C, ``spectrum`` the mean over the classes; ``index`` says which
+    eigenvalues (from 1) are stored. Covariances divide by the number of images less 1.
+
+    Source: "Disentangling Adversarial Robustness", Figures 2 and 3.
+    """
+    points, y = sample.points[-1].flatten(1).double(), sample.y[sample.attacked]
+    size = points.shape[1]
+    first = list(range(1, min(LEADING, size) + 1))
+    index = [*first, *range(LEADING + EVERY, size + 1, EVERY)]
+    values: dict[str, list[float]] = {"index": [float(i) for i in index]}
+    whole = []
+    for label in y.unique().tolist():
+        # Rounding may leave eigenvalues of a singular matrix below 0.
+        spectrum = torch.linalg.eigvalsh(points[y == label].T.cov()).flip(0).clamp_min(0)
+        whole.append(spectrum[[i - 1 for i in index]])
+        values[f"spectrum-{label}"] = _short(whole[-1])
+    return values | {"spectrum": _short(torch.stack(whole).mean(dim=0))}
+
+
+def _short(values: Tensor) -> list[float]:
+    return [float(f"{value:.4g}") for value in values.tolist()]
+
+
 @torch.no_grad()
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([model(part) for part in x.split(CHUNK)])
 
 
-MEASURES: dict[str, Callable[[Sample], dict[str, Value]]] = {
+MEASURES: dict[str, Callable[[Sample], Named]] = {
     function.__name__: function
-    for function in (error, radius, minimal, fooling, noise_ratio, correct, norms, robust)
+    for function in (
+        error,
+        radius,
+        minimal,
+        fooling,
+        noise_ratio,
+        correct,
+        norms,
+        robust,
+        reconstruction,
+        code,
+        pictures,
+        kept,
+        spectra,
+    )
 }

@@ -192,12 +192,24 @@ class Plan:
         return [name for name, item in self.items.items() if item.kind == kind]
 
     def recipe(self, network: Network) -> Settings:
-        """All that a network's training depends on, as its record keeps it."""
+        """All that a network's training depends on, as its record keeps it.
+
+        Where the training ``uses`` another network, that one's recipe is part of it; where it is on
+        ``pairs``, so is the attack that makes them.
+        """
         paper = self.paper(network.paper)
         own = _entry(paper, "networks", network.model)
         defense = _entry(paper, "defenses", network.defense)
         loss = defense.get("loss") or own.get("loss") or {}
         shown = {"input": own["input"]} if "input" in own else {}
+        if used := self.used(network):
+            shown |= {"uses": {used.model: self.recipe(used)}}
+        if pairs := defense.get("pairs"):
+            shown |= {"pairs": dict(pairs)}
+            if "attack" in pairs:
+                attack = _entry(paper, "attacks", pairs["attack"]).items()
+                own_of_tests = ("uses", "images", "measures")
+                shown["pairs"]["attack"] = {k: v for k, v in attack if k not in own_of_tests}
         return shown | {
             "data": network.dataset,
             "model": own["model"],
@@ -220,7 +232,22 @@ class Plan:
             for key in (run.network.defense, attack.get("norm")):
                 grid = grid[key] if isinstance(grid, Mapping) else grid
             attack = {key: grid if v == "network" else v for key, v in attack.items()}
+        if used := self.used(run):
+            attack["uses"] = {used.model: self.recipe(used)}
         return {"images": own.get("images")} | attack
+
+    def used(self, subject: Network | Run) -> Network | None:
+        """The other network that a training or an attack uses: of the same data and seed, plain.
+
+        Such as the generative model that an attack moves along, or the encoder that was attacked.
+        """
+        network = subject if isinstance(subject, Network) else subject.network
+        paper = self.paper(network.paper)
+        if isinstance(subject, Network):
+            name = _entry(paper, "defenses", network.defense).get("uses")
+        else:
+            name = _entry(paper, "attacks", subject.attack).get("uses")
+        return replace(network, model=name, defense="none") if name else None
 
     # --------------------------------------------------------------------------------------- files
 
@@ -317,6 +344,10 @@ class Plan:
             trained = read(self.record(subject.network))
             if trained is not None and trained["weights"] != record["weights"]:
                 return "of other weights"
+        if used := self.used(subject):
+            other = read(self.record(used))
+            if other is not None and other["weights"] != record.get("used"):
+                return f"of another {used.model}"
         return None
 
     def versions(self, subject: Network | Run) -> dict[str, str]:
@@ -336,11 +367,17 @@ class Plan:
                 names.append("adv.lab.peers.attack")
             elif call:
                 names.append(f"adv.attacks.{call}")
-            own = ("chosen", "radii", "compared" if call.startswith("peers.") else "perturbed")
+            if settings.get("target") == "pair":
+                return [*names, "reproduce.pairs.attacked", "reproduce.steps.chosen"]
+            way = "generated" if "uses" in settings else "perturbed"
+            own = ("chosen", "radii", "compared" if call.startswith("peers.") else way)
             return names + [f"reproduce.steps.{name}" for name in own]
         recipe = self.recipe(subject)
         names = [f"adv.lab.models._MODELS[{recipe['model']['name']}]"]
         names += [f"adv.{recipe['loss']['name']}"] if recipe["loss"] else []
+        if "pairs" in recipe:
+            call = recipe["pairs"].get("attack", {}).get("call")
+            names += ["reproduce.pairs.training", *([f"adv.attacks.{call}"] if call else [])]
         return [*names, "adv.lab.training.fit"]
 
     def tasks(self, items: list[Item]) -> list[Task]:
@@ -355,21 +392,38 @@ class Plan:
         ]
         by_network: dict[Network, list[Run]] = {}
         for run in dict.fromkeys(runs):
+            for used in filter(None, (self.used(run.network), self.used(run))):
+                by_network.setdefault(used, [])
             by_network.setdefault(run.network, []).append(run)
+        why = self._reasons(by_network)
         return [
-            task for network in by_network for task in self._tasks(network, by_network[network])
+            Task(
+                "train" if isinstance(one, Network) else "attack", one, why[one], self.estimate(one)
+            )
+            for network in by_network
+            for one in (network, *by_network[network])
+            if one in why
         ]
 
-    def _tasks(self, network: Network, runs: list[Run]) -> Iterator[Task]:
-        why = {run: fault for run in runs if (fault := self.fault(run))}
-        training = self.fault(network)
-        if training is None and why and not self.whole(network):
-            training = "the weights aren't here"
-        if training is not None:
-            yield Task("train", network, training, self.estimate(network))
-            why = {run: why.get(run, "trained anew") for run in runs}
-        for run, reason in why.items():
-            yield Task("attack", run, reason, self.estimate(run))
+    def _reasons(self, by_network: Mapping[Network, list[Run]]) -> dict[Network | Run, str]:
+        """Why trainings and attacks will run: for themselves, or for what they use or serve."""
+        subjects: list[Network | Run] = [*by_network, *itertools.chain(*by_network.values())]
+        why = {one: fault for one in subjects if (fault := self.fault(one))}
+        absent = {network for network in by_network if not self.whole(network)}
+        while True:
+            before = len(why)
+            served: set[Network | None] = {self.used(one) for one in why}
+            served |= {one.network for one in why if isinstance(one, Run)}
+            for one in subjects:
+                used = self.used(one)
+                if isinstance(one, Run) and one.network in why:
+                    why.setdefault(one, "trained anew")
+                elif used is not None and used in why:
+                    why.setdefault(one, f"{used.model} trained anew")
+                elif one in served and one in absent:
+                    why.setdefault(one, "the weights aren't here")
+            if len(why) == before:
+                return why
 
     def whole(self, network: Network) -> bool:
         """Whether the weights at hand are those of the record."""
@@ -431,13 +485,18 @@ def _items(paper: str, settings: Settings) -> Iterator[Item]:
     for name, figure in (settings.get("figures") or {}).items():
         cells = {
             (label,): Cell(paper, **_merged(figure, curve))
-            for label, curve in figure["curves"].items()
+            for label, curve in figure[_parts(figure)].items()
         }
         first = next(iter(cells.values()))
         clean = figure.get("clean") and Cell(
             paper, first.model, defense=first.defense, **figure["clean"]
         )
         yield Item(paper, "figure", str(name), cells, clean)
+
+
+def _parts(figure: Settings) -> str:
+    """What a figure consists of: curves, or rows of images."""
+    return "curves" if "curves" in figure else "images"
 
 
 def _merged(item: Settings, *parts: Settings | None) -> Settings:

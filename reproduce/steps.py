@@ -12,23 +12,30 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from adv.lab import data, device, models, peers
 from adv.lab.evaluation import counting, perturb, success
-from adv.lab.training import cross_entropy, fit
+from adv.lab.generative import VAEManifold
+from adv.lab.training import History, cross_entropy, fit
+from reproduce import pairs
 from reproduce.files import digest, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
 from reproduce.origin import provenance
 from reproduce.plan import Network, Plan, Run
 
-__all__ = ["attack", "chosen", "main", "measure", "perturbed", "radii", "train"]
+__all__ = ["attack", "chosen", "generated", "main", "measure", "perturbed", "radii", "train"]
 
 Settings = Mapping[str, Any]
+
+# Added to the seed of the initial weights of a network that is trained on another one's pairs.
+FRESH = 1000
 
 
 # -------------------------------------------------------------------------------------- the steps
@@ -38,35 +45,64 @@ def train(plan: Plan, network: Network) -> None:
     """Train a network, going on where a killed training stopped; write weights and record."""
     recipe = plan.recipe(network)
     source, place = data.load(recipe["data"]), device()
-    model = models.build(**recipe["model"], seed=recipe["seed"]).to(place)
-    settings = dict(recipe["training"])
-    best = settings.pop("best", False)
+    # A new encoder must not start from the weights from which the one that was attacked did.
+    start = recipe["seed"] + (FRESH if "pairs" in recipe else 0)
+    model = models.build(**recipe["model"], seed=start).to(place)
+    used, images, targets = _used(plan, network), source.train, {}
+    if "pairs" in recipe:
+        images, wanted = pairs.training(used, images, recipe["pairs"], network.seed, plan.work)
+        targets = {"targets": wanted}
+    loss = _loss(recipe["loss"] | targets, used)
     # Its name tells apart what fit() can't: a loss is known to it by name only.
     checkpoint = plan.weights(network).with_name(f"checkpoint-{digest(recipe)}.pt")
-    history = fit(
-        model,
-        source.train,
-        loss=_loss(recipe["loss"]),
-        val=source.val if best else None,
-        seed=recipe["seed"],
-        checkpoint=checkpoint,
-        progress=sys.stderr.isatty(),
-        **settings,
-    )
+    val = source.val if recipe["training"].get("best") else None
+    history = _fit(model, images, recipe, loss, checkpoint, val)
     with replacing(plan.weights(network)) as path:
         tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(tensors, path)
     record = {
         "values": {"loss": history.loss[-1], "epochs": len(history.loss)},
-        "images": len(source.train),
+        "images": len(images),
         "complete": source.complete,
         "settings": {"training": recipe},
         "weights": sha256(plan.weights(network)),
     }
+    record |= _which(plan, network)
     record |= {"parameters": sum(p.numel() for p in model.parameters())}
     write_record(plan, network, record, sum(history.seconds))
     for old in checkpoint.parent.glob("checkpoint-*.pt"):
         old.unlink()
+
+
+def _fit(
+    model: nn.Module,
+    train: data.Split,
+    recipe: Settings,
+    loss: Callable[..., Tensor],
+    checkpoint: Path,
+    val: data.Split | None,
+) -> History:
+    """Train by a recipe; the first ``warmup`` of its epochs are of the cross-entropy alone."""
+    settings = dict(recipe["training"])
+    warmup, decay, augment = (
+        settings.pop(name, 0) for name in ("warmup", "weight_decay", "augment")
+    )
+    settings.pop("best", None)
+    if decay:
+        settings["optimizer"] = partial(torch.optim.Adam, weight_decay=decay)
+    given = {"seed": recipe["seed"], "progress": sys.stderr.isatty(), **settings}
+    history = History()
+    stages = [(warmup, cross_entropy, checkpoint.with_stem(f"{checkpoint.stem}-warmup"))]
+    stages += [(settings["epochs"] - warmup, loss, checkpoint)]
+    for epochs, value, file in stages:
+        if epochs:
+            value = _augmented(value) if augment else value
+            one = fit(
+                model, train, val=val, checkpoint=file, **given | {"epochs": epochs, "loss": value}
+            )
+            history.loss += one.loss
+            history.seconds += one.seconds
+    return history
 
 
 def attack(plan: Plan, run: Run) -> None:
@@ -76,12 +112,13 @@ def attack(plan: Plan, run: Run) -> None:
     some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
     attacked = torch.ones(len(some), dtype=torch.bool, device=place)
-    if settings.get("target", "labels") == "labels":
+    if settings.get("target", "labels") == "labels" and not settings.get("every"):
         attacked = success(model, some.x, some.y, targeted=True)
     x, y = some.x[attacked], some.y[attacked]
     grid, seed = radii(settings, x), run.network.seed
+    used = _used(plan, run)
     with counting(model) as counts:
-        points = _points(model, x, y, grid, settings, seed)
+        points = _points(model, x, y, grid, settings, seed, used)
     content = _origin(plan, run) | {
         "attacked": attacked.cpu(),
         "passes": [count / max(1, len(x)) for count in (counts.forward, counts.backward)],
@@ -178,6 +215,45 @@ def compared(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, seed: i
     return perturb(model, x, y, attack, norm=settings["norm"], seed=seed, **given)
 
 
+def generated(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | None,
+    settings: Settings,
+    seed: int,
+    used: nn.Module,
+) -> Tensor:
+    """The points that an attack finds on the manifold of a generative model.
+
+    Args:
+        model: in evaluation mode.
+        x: (N, C, H, W) images.
+        y: (N,) their labels, which the generative model is told.
+        eps: radius in the units of the code; None for the plain reconstructions.
+        settings: ``call``, such as ``"latent.latent_fgsm"``; all else but the workflow's own
+            entries is passed on.
+        seed: of the attack.
+        used: the generative model, a ``VAE``.
+
+    Returns:
+        (N, C, H, W) decoded images, as far away as they are.
+    """
+    function = _resolve(f"adv.attacks.{settings['call']}")
+    own = ("call", "target", "eps", "images", "measures", "norm", "uses", "every")
+    options = {name: value for name, value in settings.items() if name not in own}
+    options["manifold"] = _manifold(used)
+    if eps is not None:
+        options |= {"eps": eps, "norm": settings["norm"]}
+
+    def call(model: nn.Module, x: Tensor, y: Tensor, **given: Any) -> Tensor:
+        given |= options | {"model": model}
+        taken = inspect.signature(function).parameters
+        return function(x=x, y=y, **{name: v for name, v in given.items() if name in taken})
+
+    return perturb(model, x, y, call, norm="linf", seed=seed)
+
+
 def _points(
     model: nn.Module,
     x: Tensor,
@@ -185,8 +261,14 @@ def _points(
     grid: Sequence[float] | None,
     settings: Settings,
     seed: int,
+    used: nn.Module | None = None,
 ) -> list[Tensor]:
     """The points of every radius; ``nested``: only of images that stood all smaller ones."""
+    if settings.get("target") == "pair":
+        wanted = x[pairs.partners(len(x))]
+        return [pairs.attacked(used or model, x, wanted, settings, eps, seed) for eps in grid or ()]
+    if used is not None:
+        return [generated(model, x, y, eps, settings, seed, used) for eps in (grid or (None,))]
     if settings.get("call", "").startswith("peers."):
         return [compared(model, x, y, settings, seed)]
     if not settings.get("nested"):
@@ -253,7 +335,18 @@ def _origin(plan: Plan, run: Run) -> dict[str, Any]:
     return {
         "settings": {"training": plan.recipe(run.network), "attack": plan.attack(run)},
         "weights": sha256(plan.weights(run.network)),
-    }
+    } | _which(plan, run)
+
+
+def _which(plan: Plan, subject: Network | Run) -> dict[str, str]:
+    """The weights of the other network that a training or an attack uses, if it does."""
+    used = plan.used(subject)
+    return {} if used is None else {"used": sha256(plan.weights(used))}
+
+
+def _used(plan: Plan, subject: Network | Run) -> nn.Module | None:
+    used = plan.used(subject)
+    return None if used is None else _network(plan, used)
 
 
 def _network(plan: Plan, network: Network) -> nn.Module:
@@ -268,14 +361,56 @@ def _network(plan: Plan, network: Network) -> nn.Module:
 # ---------------------------------------------------------------------------------------- helpers
 
 
-def _loss(recipe: Settings) -> Callable[..., Tensor]:
-    """Cross-entropy, a loss ``(model, x, y)`` of ``adv``, or what a factory of one returns."""
+def _loss(recipe: Settings, used: nn.Module | None = None) -> Callable[..., Tensor]:
+    """Cross-entropy, a loss ``(model, x, y)`` of ``adv``, or what a factory of one returns.
+
+    ``manifold: used`` in its settings stands for the generative model that is used.
+    """
     settings = dict(recipe)
     if not settings:
         return cross_entropy
+    if used is not None and isinstance(used, models.VAE):
+        settings = _with_manifold(settings, _manifold(used))
     function = _resolve(f"adv.{settings.pop('name')}")
     is_loss = next(iter(inspect.signature(function).parameters), "") == "model"
     return function if is_loss else function(**settings)
+
+
+def _manifold(used: nn.Module) -> VAEManifold:
+    if not isinstance(used, models.VAE):
+        raise ValueError(f"images lie on the manifold of a VAE, not of a {type(used).__name__}")
+    return VAEManifold(used).eval()
+
+
+def _with_manifold(settings: Any, manifold: VAEManifold) -> Any:
+    """The settings with the manifold wherever they ask for it."""
+    if isinstance(settings, Mapping):
+        return {
+            key: manifold
+            if (key, value) == ("manifold", "used")
+            else _with_manifold(value, manifold)
+            for key, value in settings.items()
+        }
+    if isinstance(settings, list):
+        return [_with_manifold(value, manifold) for value in settings]
+    return settings
+
+
+def _augmented(loss: Callable[..., Tensor], pad: int = 4) -> Callable[..., Tensor]:
+    """A loss of images that are randomly mirrored and shifted by up to ``pad`` pixels."""
+
+    def augmented(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        mirrored = (torch.rand(len(x)) < 0.5).to(x.device)
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        height, width = x.shape[2:]
+        down, right = torch.randint(2 * pad + 1, (2, len(x), 1), device="cpu").to(x.device)
+        rows = (down + torch.arange(height, device=x.device))[:, :, None]
+        columns = (right + torch.arange(width, device=x.device))[:, None, :]
+        padded = functional.pad(x, (pad,) * 4).permute(0, 2, 3, 1)
+        which = torch.arange(len(x), device=x.device)[:, None, None]
+        return loss(model, padded[which, rows, columns].permute(0, 3, 1, 2).contiguous(), y)
+
+    return augmented
 
 
 def _resolve(name: str) -> Callable[..., Any]:

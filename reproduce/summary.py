@@ -4,6 +4,7 @@
 """
 
 import argparse
+import base64
 import io
 import math
 import statistics
@@ -12,7 +13,7 @@ from typing import Any
 from reproduce.files import read, replacing, write_json
 from reproduce.plan import Cell, Item, Plan, Run
 
-__all__ = ["draw", "figure", "main", "show", "table"]
+__all__ = ["draw", "figure", "main", "show", "strip", "table"]
 
 Content = dict[str, Any]
 
@@ -46,8 +47,10 @@ def table(plan: Plan, item: Item) -> Content:
 
 
 def figure(plan: Plan, item: Item) -> Content:
-    """A figure's curves: mean and spread over seeds at each place of the x axis."""
+    """A figure's curves: mean and spread over seeds at each place of the x axis; or its images."""
     settings = plan.paper(item.paper)["figures"][item.id]
+    if "images" in settings:
+        return _pictures(plan, item)
     curves: dict[str, Content] = {}
     missing = []
     for (label,), cell in item.cells.items():
@@ -78,8 +81,31 @@ def figure(plan: Plan, item: Item) -> Content:
     return head | {"curves": curves, "missing": missing}
 
 
+def _pictures(plan: Plan, item: Item) -> Content:
+    """The images of the first seed: for each row a PNG file in base64, images side by side."""
+    rows: list[Content] = []
+    missing = []
+    for (label,), cell in item.cells.items():
+        records = _records(plan, cell)
+        if not records:
+            missing.append({"curve": label, "why": _why(plan, cell, [])})
+            continue
+        row = {"label": label, "seed": records[0]["seed"], "scale": _scales(plan, cell)}
+        rows.append(row | {"png": records[0]["values"][cell.value]})
+    return {"paper": item.paper, "figure": item.id, "rows": rows, "missing": missing}
+
+
+def strip(png: str) -> list[Any]:
+    """The images of a row of a figure: arrays (H, W) or (H, W, 3) of bytes, H = W."""
+    import numpy as np
+    from PIL import Image
+
+    row = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+    return np.split(row, row.shape[1] // row.shape[0], axis=1)
+
+
 def draw(content: Content) -> bytes:
-    """A figure's curves as a PNG file."""
+    """A figure's curves, or its images, as a PNG file."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
@@ -87,10 +113,13 @@ def draw(content: Content) -> bytes:
 
     figures.style()
     mpl.use("agg")
+    if "rows" in content:
+        return _draw_pictures(content)
     drawing, ax = plt.subplots(figsize=(figures.WIDTH, 4.5))
     size = len(figures.COLORS)
     for i, (label, curve) in enumerate(content["curves"].items()):
-        look = {"color": figures.COLORS[i % size], "linestyle": figures.LINES[i // size]}
+        line = figures.LINES[i // size % len(figures.LINES)]
+        look = {"color": figures.COLORS[i % size], "linestyle": line}
         ax.errorbar(
             curve["x"],
             curve["y"],
@@ -108,26 +137,56 @@ def draw(content: Content) -> bytes:
     return file.getvalue()
 
 
+def _draw_pictures(content: Content) -> bytes:
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from adv.lab import figures
+
+    rows = [np.stack(strip(row["png"])) / 255 for row in content["rows"]]
+    if not rows:
+        drawing, _ = plt.subplots()
+    else:
+        batches = [row if row.ndim == 3 else row.transpose(0, 3, 1, 2) for row in rows]
+        labels = [row["label"] for row in content["rows"]]
+        drawing = figures.images(batches, row_labels=labels)[0, 0].figure
+    file = figures.png(drawing)
+    plt.close(drawing)
+    return file
+
+
 def show(content: Content) -> str:
     """A table beside the paper's, or a figure's last values, as text, with what is missing."""
     lines = []
     if "table" in content:
-        from adv.lab.claims import compare
-
-        frame = compare(content["paper"], content["table"], ours=content["rows"])
-        lines += [f"{content['paper']}, table {content['table']}: {frame.attrs['caption']}"]
-        lines += [frame.to_string()]
+        lines += _shown(content)
         scales = {row["id"]: "; ".join(row["scale"]) for row in content["rows"] if row["scale"]}
     else:
-        lines += [
-            f"{content['paper']}, figure {content['figure']}: {len(content['curves'])} curves"
-        ]
-        scales = {label: "; ".join(c["scale"]) for label, c in content["curves"].items()}
+        parts = content.get("curves") or {row["label"]: row for row in content.get("rows", [])}
+        kind = "curves" if "curves" in content else "rows of images"
+        lines += [f"{content['paper']}, figure {content['figure']}: {len(parts)} {kind}"]
+        scales = {label: "; ".join(part["scale"]) for label, part in parts.items()}
     lines += [f"  {name}: {scale}" for name, scale in scales.items()]
     for gap in content["missing"]:
         where = gap.get("curve") or f"{gap['row']}, {gap['column']}"
         lines.append(f"  missing: {where}: {gap['why']}")
     return "\n".join(lines)
+
+
+def _shown(content: Content) -> list[str]:
+    """A table's numbers beside the paper's, or alone where the paper prints no such table."""
+    from adv.lab.claims import compare, paper
+
+    printed = [table["id"] for table in paper(content["paper"]).get("tables") or []]
+    if content["table"] in printed:
+        frame = compare(content["paper"], content["table"], ours=content["rows"])
+        caption = frame.attrs["caption"]
+    else:
+        import pandas as pd
+
+        frame = pd.DataFrame({row["id"]: row["values"] for row in content["rows"]}).T.round(4)
+        caption = "ours alone"
+    return [f"{content['paper']}, table {content['table']}: {caption}", frame.to_string()]
 
 
 def _records(plan: Plan, cell: Cell) -> list[Content]:

@@ -1,0 +1,123 @@
+"""Pairs of images for the autoencoders' paper: a source that an encoder takes for its target.
+
+A network of the settings whose defense says ``pairs`` is trained on such pairs, in place of images.
+They are made in parts, which are kept in the folder of work, so that a run that was killed goes on.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adv.attacks.common import generator
+from adv.attacks.representation import match
+from adv.lab.data import Split
+from adv.lab.models import VAE
+from reproduce import versions
+from reproduce.files import digest, replacing
+
+__all__ = ["attacked", "partners", "training"]
+
+Settings = Mapping[str, Any]
+PART = 500
+
+
+def partners(count: int, of: int | None = None, seed: int = 0) -> Tensor:
+    """For each source a random target that is another image.
+
+    Args:
+        count: sources; they are the images 0, 1, ..., and from the first again after the last.
+        of: how many images there are; by default ``count``.
+        seed: of the draws.
+
+    Returns:
+        (count,) numbers of the targets.
+    """
+    of = count if of is None else of
+    away = torch.randint(1, of, (count,), generator=generator(seed))
+    return (torch.arange(count) + away) % of
+
+
+def attacked(
+    vae: nn.Module, x: Tensor, wanted: Tensor, settings: Settings, eps: float, seed: int
+) -> Tensor:
+    """Sources whose codes an attack brought as near to those of targets as the radius allows.
+
+    Args:
+        vae: the model that is attacked, in evaluation mode: the mean of its posterior.
+        x: (N, C, H, W) sources; with ``start: zero`` in the settings they count as black images.
+        wanted: (N, C, H, W) targets.
+        settings: of ``attacks.representation.match``: norm, steps, step_size, bounds.
+        eps: radius.
+        seed: of the random starts.
+
+    Returns:
+        (N, C, H, W) adversarial inputs.
+    """
+    if not isinstance(vae, VAE):
+        raise TypeError(f"pairs are made for a VAE, not for a {type(vae).__name__}")
+    given = {name: settings[name] for name in ("norm", "steps", "step_size", "bounds")}
+
+    def encode(images: Tensor) -> Tensor:
+        return vae.posterior(images)[0]
+
+    points = []
+    for start in range(0, len(x), PART):
+        part = slice(start, start + PART)
+        source = torch.zeros_like(x[part]) if settings.get("start") == "zero" else x[part]
+        with torch.no_grad():
+            code = encode(wanted[part])
+        points.append(match(encode, source, code, eps=eps, seed=seed + start, **given))
+    return torch.cat(points)
+
+
+def training(
+    vae: nn.Module | None, train: Split, settings: Settings, seed: int, work: Path
+) -> tuple[Split, Tensor]:
+    """What a new network is trained on: inputs, and what it is to make of them.
+
+    Args:
+        vae: the model that was attacked; None for settings without an attack.
+        train: the images from which sources and targets are taken.
+        settings: ``count``, how many pairs; ``attack``, the settings of ``attacked`` with ``eps``,
+            or none: then images are their own targets; ``shuffled``: whether each input gets the
+            target of another one, from which nothing can be learned.
+        seed: of the targets' choice and of the attack.
+        work: a folder for the parts that are done.
+
+    Returns:
+        The inputs, with numbers of targets for labels, and the targets.
+    """
+    count, order = settings["count"], torch.arange(settings["count"])
+    sources = train.x[order % len(train)]
+    if "attack" not in settings:
+        return Split(sources, order), sources
+    if vae is None:
+        raise ValueError("pairs of an attack need the network that they are made for: say uses")
+    wanted = train.x[partners(count, len(train), seed)]
+    attack = settings["attack"]
+    (eps,) = attack["eps"]
+    folder = work / "pairs" / _name(vae, wanted, attack, seed)
+    place, parts = next(vae.parameters()).device, []
+    for start in range(0, count, PART):
+        file, part = folder / f"{start}.pt", slice(start, start + PART)
+        if not file.is_file():
+            x, target = (images[part].to(place) for images in (sources, wanted))
+            points = attacked(vae, x, target, attack, eps, seed + start).cpu()
+            with replacing(file) as path:
+                torch.save(points, path)
+        parts.append(torch.load(file, weights_only=True))
+    told = (
+        torch.randperm(count, generator=generator(seed, 1)) if settings.get("shuffled") else order
+    )
+    return Split(torch.cat(parts), told), wanted
+
+
+def _name(vae: nn.Module, wanted: Tensor, attack: Settings, seed: int) -> str:
+    """A name for pairs of these weights, targets, settings and code."""
+    weights = [float(p.detach().double().sum()) for p in vae.parameters()]
+    images = [len(wanted), float(wanted.double().sum())]
+    code = versions.digest("reproduce.pairs.attacked")
+    return digest([weights, images, dict(attack), seed, code])
