@@ -240,22 +240,20 @@ def code(sample: Sample) -> Named:
 def pictures(sample: Sample) -> Named:
     """The first images, what was made of them, and what was wanted, as strips.
 
-    Each is a PNG file in base64, images side by side: ``source``, ``input``, ``wanted``, and what
-    the model makes of each, ``source-output``, ``output`` and ``wanted-output``; without pairs only
-    ``source`` and ``output``. Inputs from a black image are shown on grey, as perturbations.
+    Each is a PNG file in base64, images side by side: ``picture-source``, ``picture-input`` and
+    ``picture-wanted``, and with ``-output`` behind it what the model makes of each. Without pairs
+    there is only the source. Inputs from a black image are shown on grey, as perturbations.
     """
-    if sample.settings.get("target") != "pair":
-        few = sample.x[:SHOWN]
-        return {"source": _strip(few), "output": _strip(_outputs(sample.model, few))}
-    inputs = {"source": sample.x, "": sample.points[0], "wanted": _wanted(sample)}
+    inputs = {"source": sample.x}
+    if sample.settings.get("target") == "pair":
+        inputs |= {"input": sample.points[0], "wanted": _wanted(sample)}
     strips = {}
     for name, images in inputs.items():
         few = images[:SHOWN]
-        shown = few
-        if name == "" and sample.settings.get("start") == "zero":
-            shown = 0.5 + 0.5 * few / few.abs().max()
-        strips[name or "input"] = _strip(shown)
-        strips[f"{name}-output".lstrip("-")] = _strip(_outputs(sample.model, few))
+        strips[f"picture-{name}-output"] = _strip(_outputs(sample.model, few))
+        if name == "input" and sample.settings.get("start") == "zero":
+            few = 0.5 + 0.5 * few / few.abs().max()
+        strips[f"picture-{name}"] = _strip(few)
     return strips
 
 
