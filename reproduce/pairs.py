@@ -5,6 +5,7 @@ They are made in parts, which are kept in the folder of work, so that a run that
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from adv.attacks.common import generator
 from adv.attacks.representation import match
 from adv.lab.data import Split
 from adv.lab.models import VAE
-from reproduce import versions
-from reproduce.files import digest, replacing
+from reproduce.files import replacing
 
 __all__ = ["attacked", "partners", "training"]
 
@@ -41,7 +41,7 @@ def partners(count: int, of: int | None = None, seed: int = 0) -> Tensor:
 
 
 def attacked(
-    vae: nn.Module, x: Tensor, wanted: Tensor, settings: Settings, eps: float, seed: int
+    vae: nn.Module | None, x: Tensor, wanted: Tensor, settings: Settings, seed: int, folder: Path
 ) -> Tensor:
     """Sources whose codes an attack brought as near to those of targets as the radius allows.
 
@@ -49,43 +49,51 @@ def attacked(
         vae: the model that is attacked, in evaluation mode: the mean of its posterior.
         x: (N, C, H, W) sources; with ``start: zero`` in the settings they count as black images.
         wanted: (N, C, H, W) targets.
-        settings: of ``attacks.representation.match``: norm, steps, step_size, bounds.
-        eps: radius.
+        settings: of ``attacks.representation.match``: eps (a list of one), norm, steps, step_size,
+            bounds.
         seed: of the random starts.
+        folder: for the parts that are done, of these arguments only.
 
     Returns:
-        (N, C, H, W) adversarial inputs.
+        (N, C, H, W) adversarial inputs, on the CPU.
     """
     if not isinstance(vae, VAE):
         raise TypeError(f"pairs are made for a VAE, not for a {type(vae).__name__}")
     given = {name: settings[name] for name in ("norm", "steps", "step_size", "bounds")}
-
-    def encode(images: Tensor) -> Tensor:
-        return vae.posterior(images)[0]
-
-    points = []
+    (eps,), place, parts = settings["eps"], next(vae.parameters()).device, []
     for start in range(0, len(x), PART):
-        part = slice(start, start + PART)
-        source = torch.zeros_like(x[part]) if settings.get("start") == "zero" else x[part]
-        with torch.no_grad():
-            code = encode(wanted[part])
-        points.append(match(encode, source, code, eps=eps, seed=seed + start, **given))
-    return torch.cat(points)
+        file, part = folder / f"{start}.pt", slice(start, start + PART)
+        if not file.is_file():
+            source, target = x[part].to(place), wanted[part].to(place)
+            if settings.get("start") == "zero":
+                source = torch.zeros_like(source)
+            with torch.no_grad():
+                code = encode(vae, target)
+            points = match(partial(encode, vae), source, code, eps=eps, seed=seed + start, **given)
+            with replacing(file) as path:
+                torch.save(points.cpu(), path)
+        parts.append(torch.load(file, weights_only=True))
+    return torch.cat(parts)
+
+
+def encode(vae: VAE, x: Tensor) -> Tensor:
+    """The mean of the posterior of the latent vector."""
+    return vae.posterior(x)[0]
 
 
 def training(
-    vae: nn.Module | None, train: Split, settings: Settings, seed: int, work: Path
+    vae: nn.Module | None, train: Split, settings: Settings, seed: int, folder: Path
 ) -> tuple[Split, Tensor]:
     """What a new network is trained on: inputs, and what it is to make of them.
 
     Args:
         vae: the model that was attacked; None for settings without an attack.
         train: the images from which sources and targets are taken.
-        settings: ``count``, how many pairs; ``attack``, the settings of ``attacked`` with ``eps``,
-            or none: then images are their own targets; ``shuffled``: whether each input gets the
-            target of another one, from which nothing can be learned.
+        settings: ``count``, how many pairs; ``attack``, the settings of ``attacked``, or none: then
+            images are their own targets; ``shuffled``: whether each input gets the target of
+            another one, from which nothing can be learned.
         seed: of the targets' choice and of the attack.
-        work: a folder for the parts that are done.
+        folder: for the parts that are done, of these arguments only.
 
     Returns:
         The inputs, with numbers of targets for labels, and the targets.
@@ -94,30 +102,9 @@ def training(
     sources = train.x[order % len(train)]
     if "attack" not in settings:
         return Split(sources, order), sources
-    if vae is None:
-        raise ValueError("pairs of an attack need the network that they are made for: say uses")
     wanted = train.x[partners(count, len(train), seed)]
-    attack = settings["attack"]
-    (eps,) = attack["eps"]
-    folder = work / "pairs" / _name(vae, wanted, attack, seed)
-    place, parts = next(vae.parameters()).device, []
-    for start in range(0, count, PART):
-        file, part = folder / f"{start}.pt", slice(start, start + PART)
-        if not file.is_file():
-            x, target = (images[part].to(place) for images in (sources, wanted))
-            points = attacked(vae, x, target, attack, eps, seed + start).cpu()
-            with replacing(file) as path:
-                torch.save(points, path)
-        parts.append(torch.load(file, weights_only=True))
+    points = attacked(vae, sources, wanted, settings["attack"], seed, folder)
     told = (
         torch.randperm(count, generator=generator(seed, 1)) if settings.get("shuffled") else order
     )
-    return Split(torch.cat(parts), told), wanted
-
-
-def _name(vae: nn.Module, wanted: Tensor, attack: Settings, seed: int) -> str:
-    """A name for pairs of these weights, targets, settings and code."""
-    weights = [float(p.detach().double().sum()) for p in vae.parameters()]
-    images = [len(wanted), float(wanted.double().sum())]
-    code = versions.digest("reproduce.pairs.attacked")
-    return digest([weights, images, dict(attack), seed, code])
+    return Split(points, told), wanted

@@ -24,7 +24,7 @@ from adv.lab import data, device, models, peers
 from adv.lab.evaluation import counting, perturb, success
 from adv.lab.generative import VAEManifold
 from adv.lab.training import History, cross_entropy, fit
-from reproduce import pairs
+from reproduce import pairs, versions
 from reproduce.files import digest, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
 from reproduce.origin import provenance
@@ -50,7 +50,9 @@ def train(plan: Plan, network: Network) -> None:
     model = models.build(**recipe["model"], seed=start).to(place)
     used, images, targets = _used(plan, network), source.train, {}
     if "pairs" in recipe:
-        images, wanted = pairs.training(used, images, recipe["pairs"], network.seed, plan.work)
+        of = recipe["pairs"]
+        folder = _parts(plan, network, of.get("attack", {}), of["count"])
+        images, wanted = pairs.training(used, images, of, network.seed, folder)
         targets = {"targets": wanted}
     loss = _loss(recipe["loss"] | targets, used)
     # Its name tells apart what fit() can't: a loss is known to it by name only.
@@ -118,7 +120,12 @@ def attack(plan: Plan, run: Run) -> None:
     grid, seed = radii(settings, x), run.network.seed
     used = _used(plan, run)
     with counting(model) as counts:
-        points = _points(model, x, y, grid, settings, seed, used)
+        if settings.get("target") == "pair":
+            wanted = x[pairs.partners(len(x))]
+            folder = _parts(plan, run, settings, len(x))
+            points = [pairs.attacked(used or model, x, wanted, settings, seed, folder)]
+        else:
+            points = _points(model, x, y, grid, settings, seed, used)
     content = _origin(plan, run) | {
         "attacked": attacked.cpu(),
         "passes": [count / max(1, len(x)) for count in (counts.forward, counts.backward)],
@@ -264,9 +271,6 @@ def _points(
     used: nn.Module | None = None,
 ) -> list[Tensor]:
     """The points of every radius; ``nested``: only of images that stood all smaller ones."""
-    if settings.get("target") == "pair":
-        wanted = x[pairs.partners(len(x))]
-        return [pairs.attacked(used or model, x, wanted, settings, eps, seed) for eps in grid or ()]
     if used is not None:
         return [generated(model, x, y, eps, settings, seed, used) for eps in (grid or (None,))]
     if settings.get("call", "").startswith("peers."):
@@ -336,6 +340,17 @@ def _origin(plan: Plan, run: Run) -> dict[str, Any]:
         "settings": {"training": plan.recipe(run.network), "attack": plan.attack(run)},
         "weights": sha256(plan.weights(run.network)),
     } | _which(plan, run)
+
+
+def _parts(plan: Plan, subject: Network | Run, settings: Settings, count: int) -> Path:
+    """Where pairs are kept that several networks are trained or measured on."""
+    own = ("uses", "images", "measures")
+    attack = {name: value for name, value in settings.items() if name not in own}
+    code = versions.digest("reproduce.pairs.attacked")
+    network = subject if isinstance(subject, Network) else subject.network
+    part = "train" if isinstance(subject, Network) else "test"
+    content = [part, network.dataset, network.seed, count, attack, code, _which(plan, subject)]
+    return plan.work / "pairs" / digest(content)
 
 
 def _which(plan: Plan, subject: Network | Run) -> dict[str, str]:

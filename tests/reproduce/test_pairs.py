@@ -160,8 +160,8 @@ def test_partners_are_others_and_cover_all():
 def test_a_fresh_network_is_trained_on_pairs_made_for_the_other(plan):
     make(plan, VAE)
     vae, train = trained(plan, VAE), data.load("digits").train
-    recipe = plan.recipe(PAIRS)
-    inputs, wanted = pairs.training(vae, train, recipe["pairs"], 0, plan.work)
+    recipe, folder = plan.recipe(PAIRS), plan.work / "pairs" / "name"
+    inputs, wanted = pairs.training(vae, train, recipe["pairs"], 0, folder)
     numbers = pairs.partners(12, len(train), 0)
     assert torch.equal(wanted, train.x[numbers])
     assert inputs.y.tolist() == list(range(12))
@@ -170,14 +170,14 @@ def test_a_fresh_network_is_trained_on_pairs_made_for_the_other(plan):
     direct = match(lambda x: vae.posterior(x)[0], train.x[:12], code, eps=1.0, **MATCH)
     assert torch.allclose(inputs.x, direct, atol=1e-6)
     # What is done isn't done again, and counts for other trainings on the same pairs.
-    (file,) = (plan.work / "pairs").glob("*/*.pt")
+    (file,) = folder.glob("*.pt")
     torch.save(torch.zeros(12, 1, 8, 8), file)
     mixed = plan.recipe(Network("autoencoders", "digits", "vae", "shuffled", 0))["pairs"]
-    other, same = pairs.training(vae, train, mixed, 0, plan.work)
+    other, same = pairs.training(vae, train, mixed, 0, folder)
     assert float(other.x.abs().max()) == 0
     assert torch.equal(same, wanted)
     assert sorted(other.y.tolist()) == list(range(12)) != other.y.tolist()
-    clean, images = pairs.training(None, train, {"count": 12}, 0, plan.work)
+    clean, images = pairs.training(None, train, {"count": 12}, 0, folder)
     assert torch.equal(clean.x, images)
     assert torch.equal(images, train.x[:12])
 
