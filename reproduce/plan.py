@@ -390,10 +390,10 @@ class Plan:
             for run in self.runs(cell)
             if self.available(run.network.dataset)
         ]
-        by_network: dict[Network, list[Run]] = {}
-        for run in dict.fromkeys(runs):
-            for used in filter(None, (self.used(run.network), self.used(run))):
-                by_network.setdefault(used, [])
+        runs = list(dict.fromkeys(runs))
+        serving = (self.used(one) for run in runs for one in (run.network, run))
+        by_network: dict[Network, list[Run]] = {used: [] for used in filter(None, serving)}
+        for run in runs:
             by_network.setdefault(run.network, []).append(run)
         why = self._reasons(by_network)
         return [
