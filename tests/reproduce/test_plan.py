@@ -172,13 +172,15 @@ def test_the_stored_settings_fit_the_papers_tables():
     plan = Plan(datasets=frozenset())
     for item in plan.items.values():
         entries = paper(item.paper)["tables" if item.kind == "table" else "figures"]
-        printed = next(entry for entry in entries if str(entry["id"]) == item.id)
-        if item.kind == "table":
+        printed = next((entry for entry in entries if str(entry["id"]) == item.id), None)
+        if printed is None:  # a table of our own, or a figure's part on other data
+            assert item.id.startswith(("errors-", "controls-")) or item.kind == "figure"
+        elif item.kind == "table":
             rows = {row["id"] for row in printed["rows"]}
             columns = {column["id"] for column in printed["columns"]}
             assert {row for row, _ in item.cells} <= rows
             assert {column for _, column in item.cells} <= columns
-        else:
+        elif isinstance(printed.get("series"), list):
             assert {label for (label,) in item.cells} >= set(printed["series"])
         for cell in item.cells.values():
             for run in plan.runs(cell):
