@@ -182,6 +182,20 @@ def test_a_fresh_network_is_trained_on_pairs_made_for_the_other(plan):
     assert torch.equal(images, train.x[:12])
 
 
+def test_targets_alone_start_from_black(tmp_path):
+    vae = models.build("vae", hidden=[16], latent=4, seed=0).eval()
+    x, wanted = TEST.x[:5], TEST.x[5:10]
+    settings = {"eps": [1.0], "start": "zero", **MATCH}
+    points = pairs.attacked(vae, x, wanted, settings, 3, tmp_path)
+    with torch.no_grad():
+        code = vae.posterior(wanted)[0]
+    black = torch.zeros_like(x)
+    direct = match(lambda z: vae.posterior(z)[0], black, code, eps=1.0, seed=3, **MATCH)
+    assert torch.allclose(points, direct, atol=1e-6)
+    with pytest.raises(TypeError, match="for a VAE"):
+        pairs.attacked(torch.nn.Identity(), x, wanted, settings, 0, tmp_path)
+
+
 def test_the_first_weights_are_other_ones_and_targets_are_learned(plan, monkeypatch):
     seen = {}
     whole = steps.fit
