@@ -26,9 +26,9 @@ __all__ = ["MEASURES", "Sample", "Value"]
 
 Value = float | list[float]
 Named = Mapping[str, float | str | list[float]]
-# Images of a strip; and which eigenvalues are stored: the first 30, of the others every fifth.
+# Images of a strip; and which eigenvalues are stored: the first 200, of the others every fifth.
 SHOWN = 8
-LEADING, EVERY = 30, 5
+LEADING, EVERY = 200, 5
 
 
 @dataclass(frozen=True)
