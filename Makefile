@@ -11,6 +11,8 @@ PINS := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 BOOK := $(VENV)/.book-$(PINS)
 TEST := $(VENV)/.test-$(PINS)
 RUNS := $(VENV)/.reproduce-$(PINS)
+# Its only other requirement is a server of plots, which it does without and which often does not build.
+ADV_LIB = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps adv-lib
 
 help:
 	@echo "make book       set up, execute every chapter, build the site"
@@ -34,11 +36,13 @@ $(BOOK): | $(VENV)/bin/python
 $(TEST): | $(VENV)/bin/python
 	@echo "Installing the book's and the tests' packages into $(VENV) (some GB with PyTorch; once) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
+	$(ADV_LIB)
 	@touch $@ $(BOOK)
 
 $(RUNS): | $(VENV)/bin/python
 	@echo "Installing the workflow's packages into $(VENV) (some GB with PyTorch; once) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reproduce]'
+	$(ADV_LIB)
 	@touch $@
 
 book: $(BOOK)

@@ -1,17 +1,21 @@
 """Other libraries' minimal-norm attacks, called as ours are, to be compared with them.
 
-Foolbox and ART are imported where an attack is called, so that nothing else needs them. Passes are
+The libraries are imported where an attack is called, so that nothing else needs them. Passes are
 counted from outside, by ``evaluation.counting``, as for every attack.
 """
 
 import importlib
+import importlib.util
 import itertools
+import math
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,10 +36,12 @@ from adv.geometry import project
 
 __all__ = ["LIBRARIES", "attack", "names"]
 
-LIBRARIES = ("adversarial-robustness-toolbox", "foolbox")
-"""The packages of the extra ``peers``, which the attacks come from."""
+LIBRARIES = ("adv-lib", "adversarial-robustness-toolbox", "foolbox")
+"""The packages that the attacks come from."""
 SEARCHES = 9
 """Weights that Carlini-Wagner and EAD try, as their authors do."""
+SHORT = 200
+"""Steps up to which ALMA averages over few of them, as its authors do."""
 OVERSHOOT = (0.0, 1e-4, 1e-3, 1e-2)
 """By what shares a point is pushed on that is adversarial for its library, but not beyond ties."""
 
@@ -76,6 +82,25 @@ def _project_l0(own: Project, x: Any, x0: Any, epsilon: Any) -> Any:
     return own(x=x, x0=x0, epsilon=epsilon.minimum(x.raw[0].numel() - 1))
 
 
+def _fab(call: _Call) -> Tensor:
+    starts = call.settings.get("restarts", 1)
+    rounds = max(1, call.steps // ((_classes(call) - 1) * starts))
+    p = {"linf": math.inf, "l2": 2.0, "l1": 1.0}[call.norm]
+    return _adv_lib(call, "fab", norm=p, n_iter=rounds)
+
+
+def _alma(call: _Call) -> Tensor:
+    if _classes(call) < 3:
+        raise ValueError("ALMA's loss, the ratio of differences of three logits, needs 3 classes")
+    first = {"l2": 0.1, "l1": 0.5}[call.norm]
+    rules = {"init_lr_distance": first, "α": 0.5 if call.steps <= SHORT else 0.9}
+    return _adv_lib(call, "alma", distance=call.norm, num_steps=call.steps, **rules)
+
+
+def _sigma_zero(call: _Call) -> Tensor:
+    return _adv_lib(call, "sigma_zero", num_steps=call.steps)
+
+
 def _ddn(call: _Call) -> Tensor:
     return _foolbox(call, "DDNAttack", steps=call.steps)
 
@@ -83,8 +108,7 @@ def _ddn(call: _Call) -> Tensor:
 def _carlini_wagner(call: _Call) -> Tensor:
     searches = min(SEARCHES, call.steps)
     rules: dict[str, Any] = {"binary_search_steps": searches, "abort_early": False}
-    steps = call.steps // searches
-    return _foolbox(call, "L2CarliniWagnerAttack", steps=steps, **rules)
+    return _adv_lib(call, "carlini_wagner_l2", max_iterations=call.steps // searches, **rules)
 
 
 def _ead(call: _Call) -> Tensor:
@@ -147,11 +171,14 @@ class _Peer:
 
 PEERS = {
     "fmn": _Peer(_fmn, ("linf", "l2", "l1", "l0")),
+    "fab": _Peer(_fab, ("linf", "l2", "l1")),
     "bb": _Peer(_brendel_bethge, ("linf", "l2", "l1", "l0")),
+    "alma": _Peer(_alma, ("l2", "l1")),
     "ddn": _Peer(_ddn, ("l2",)),
     "cw": _Peer(_carlini_wagner, ("l2",)),
     "deepfool": _Peer(_deepfool, ("linf", "l2")),
     "ead": _Peer(_ead, ("l1",)),
+    "sigma_zero": _Peer(_sigma_zero, ("l0",)),
     "jsma": _Peer(_jsma, ("l0",)),
 }
 
@@ -185,11 +212,14 @@ def attack(
     | name | attack | library | norms | passes for ``steps`` |
     |---|---|---|---|---|
     | ``fmn`` | fast minimum norm, Pintor et al. (2021) | Foolbox | all four | steps |
+    | ``fab`` | adaptive boundary, Croce, Hein (2020) | adv-lib | linf, l2, l1 | steps, K-1 each |
     | ``bb`` | Brendel et al. (2019) | Foolbox | all four | steps, and some to begin |
+    | ``alma`` | augmented Lagrangian, Rony et al. (2021) | adv-lib | l2, l1 | steps |
     | ``ddn`` | decoupled direction and norm, Rony et al. (2019) | Foolbox | l2 | steps |
-    | ``cw`` | Carlini and Wagner (2017) | Foolbox | l2 | steps over 9 weights |
+    | ``cw`` | Carlini and Wagner (2017) | adv-lib | l2 | steps over 9 weights |
     | ``deepfool`` | Moosavi-Dezfooli et al. (2016) | Foolbox | linf, l2 | K gradients a step |
     | ``ead`` | elastic net, Chen et al. (2018) | Foolbox | l1 | steps over 9 weights, 2 forward |
+    | ``sigma_zero`` | smoothed count, Cina et al. (2025) | adv-lib | l0 | steps |
     | ``jsma`` | saliency map, Papernot et al. (2016) | ART | l0 | at most steps over all targets |
 
     What these passes come to is measured by ``evaluation.counting(model)`` around the call. While a
@@ -285,33 +315,67 @@ def _foolbox(
 
 def _own(rules: Mapping[str, Any]) -> dict[str, Any]:
     """The rules that settings can't overrule: what the budget and the batch decide."""
-    return {key: rules[key] for key in ("steps", "lr") if key in rules}
+    budget = ("steps", "num_steps", "n_iter", "max_iterations", "lr")
+    return {key: rules[key] for key in budget if key in rules}
+
+
+def _adv_lib(call: _Call, name: str, **rules: Any) -> Tensor:
+    """What an attack of adv-lib returns, which takes single precision between 0 and 1."""
+    low, high = call.bounds
+    found = getattr(_library("adv_lib.attacks"), name)
+    scaled = ((call.x.float() - low) / (high - low)).clamp(0, 1)
+    theirs = found(
+        lambda z: call.model(low + (high - low) * z).float(),
+        scaled.clone(),
+        call.y,
+        **{**rules, **call.settings, **_own(rules)},
+    )
+    # Where a value was left alone, so is ours: rounding is not a change.
+    return torch.where(theirs == scaled, call.x, (low + (high - low) * theirs).to(call.x))
 
 
 def _art(call: _Call) -> tuple[Any, Any]:
     """The attacks of ART, and the model as one of its classifiers."""
     evasion = _library("art.attacks.evasion")
     estimators = _library("art.estimators.classification")
-    with torch.no_grad():
-        classes = call.model(call.x[:1]).shape[1]
     classifier = estimators.PyTorchClassifier(
         model=call.model,
         loss=nn.CrossEntropyLoss(),
         input_shape=tuple(call.x.shape[1:]),
-        nb_classes=classes,
+        nb_classes=_classes(call),
         clip_values=call.bounds,
         device_type="gpu" if call.x.device.type == "cuda" else "cpu",
     )
     return evasion, classifier
 
 
+def _classes(call: _Call) -> int:
+    with torch.no_grad():
+        return int(call.model(call.x[:1]).shape[1])
+
+
 def _library(module: str) -> Any:
     try:
-        return importlib.import_module(module)
+        with _without_visdom():
+            return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"the attacks of other libraries need {' and '.join(LIBRARIES)}: pip install adv[peers]"
+            f"the attacks of other libraries need {', '.join(LIBRARIES)}: pip install adv[peers], "
+            "then pip install --no-deps adv-lib"
         ) from error
+
+
+@contextmanager
+def _without_visdom() -> Iterator[None]:
+    """Let adv-lib be imported without visdom, a server of plots that its attacks need not."""
+    absent = importlib.util.find_spec("visdom") is None
+    if absent:
+        sys.modules["visdom"] = ModuleType("visdom")
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["visdom"]
 
 
 class _Shown(nn.Module):
