@@ -26,8 +26,9 @@ __all__ = ["MEASURES", "Sample", "Value"]
 
 Value = float | list[float]
 Named = Mapping[str, float | str | list[float]]
-# Images of a strip; and which eigenvalues are stored: the first 200, of the others every fifth.
-SHOWN = 8
+# Images of a strip, half as many where one has more values than LARGE.
+SHOWN, LARGE = 8, 2000
+# Which eigenvalues are stored: the first ones, and of the others every fifth.
 LEADING, EVERY = 200, 5
 
 
@@ -249,7 +250,7 @@ def pictures(sample: Sample) -> Named:
         inputs |= {"input": sample.points[0], "wanted": _wanted(sample)}
     strips = {}
     for name, images in inputs.items():
-        few = images[:SHOWN]
+        few = images[: SHOWN if images[0].numel() <= LARGE else SHOWN // 2]
         strips[f"picture-{name}-output"] = _strip(_outputs(sample.model, few))
         if name == "input" and sample.settings.get("start") == "zero":
             few = 0.5 + 0.5 * few / few.abs().max()
