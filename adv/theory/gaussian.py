@@ -254,12 +254,18 @@ def attack(
         (B, m) changes of the code, $m=k$; or of the pixels, $m=d$.
 
     Raises:
-        ValueError: at this ``L`` the problem has no maximum, because $L\Sigma-BB^\top$ is not
-            positive definite.
+        ValueError: shapes that do not fit; or an ``L`` at which the problem has no maximum, because
+            $L\Sigma-BB^\top$ is not positive definite.
 
     Source: Lemma 2; its forms with $W^\top\Sigma^{-1}W$ inside are equal to this one.
     """
     v, Sigma = v.double(), Sigma.double()
+    d = v.shape[-1]
+    if v.ndim != 2 or Sigma.shape != (d, d) or (W is not None and W.shape[0] != d):
+        raise ValueError(
+            f"v and Sigma must be (B, d) and (d, d), and W must be (d, k); v is {tuple(v.shape)} and "
+            f"Sigma {tuple(Sigma.shape)}"
+        )
     B = torch.eye(len(Sigma), dtype=Sigma.dtype, device=Sigma.device) if W is None else W.double()
     factor, failed = torch.linalg.cholesky_ex(L * Sigma - B @ B.T)
     if failed:
@@ -677,14 +683,17 @@ def _positive(value: float | Tensor, name: str, like: Tensor) -> Tensor:
 def _pair(lam: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
     """Two spectra of one shape, float64; gains of 1 where none are given."""
     lam = lam.double()
-    lam, w = torch.broadcast_tensors(lam, torch.ones_like(lam) if w is None else w.double())
+    w = torch.ones_like(lam) if w is None else w.double()
+    if lam.ndim == 0 or lam.shape[-1:] != w.shape[-1:]:
+        raise ValueError(f"spectra must agree, not {tuple(lam.shape)} and {tuple(w.shape)}")
+    lam, w = torch.broadcast_tensors(lam, w)
     if not (_valid(lam) and _valid(w)):
         raise ValueError("eigenvalues and gains must be finite and not negative")
     return lam, w
 
 
 def _variance(lam: Tensor, var: Tensor | None) -> Tensor:
-    return _pair(lam if var is None else var, None)[0]
+    return lam.double() if var is None else _pair(var, lam)[0]
 
 
 def _positive_pair(lam: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
