@@ -255,6 +255,7 @@ def test_what_an_autoencoder_makes_of_pairs(plan):
     table = summary.table(plan, plan.items["autoencoders-errors"])
     assert table["rows"][0]["values"]["pair"] == pytest.approx(float(error), rel=1e-4)
     assert "ours alone" in summary.show(table)
+    assert "40 of 400 test images, trained for 2 epochs on 12 pairs" in summary.show(table)
 
 
 def test_perturbations_of_black_are_shown_on_grey():
