@@ -263,8 +263,8 @@ def attack(
     d = v.shape[-1]
     if v.ndim != 2 or Sigma.shape != (d, d) or (W is not None and W.shape[0] != d):
         raise ValueError(
-            f"v and Sigma must be (B, d) and (d, d), and W must be (d, k); v is {tuple(v.shape)} and "
-            f"Sigma {tuple(Sigma.shape)}"
+            "v and Sigma must be (B, d) and (d, d), W must be (d, k); v and Sigma are "
+            f"{tuple(v.shape)} and {tuple(Sigma.shape)}"
         )
     B = torch.eye(len(Sigma), dtype=Sigma.dtype, device=Sigma.device) if W is None else W.double()
     factor, failed = torch.linalg.cholesky_ex(L * Sigma - B @ B.T)
