@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -72,8 +73,9 @@ class PPCA:
         k: dimension of the latent space, 1 to d.
 
     Raises:
-        ValueError: shapes that do not fit, eigenvalues that increase or are negative, a ``k`` out
-            of range or larger than the covariance's rank.
+        ValueError: shapes that do not fit, ``U`` not orthonormal (1e-4), a mean that is not finite,
+            eigenvalues that increase or are negative, a ``k`` out of range or larger than the
+            covariance's rank.
 
     Source: section 4.1; Tipping and Bishop (1999).
     """
@@ -91,6 +93,9 @@ class PPCA:
                 f"{tuple(self.U.shape)} and {tuple(self.lam.shape)}"
             )
         _check_latent(self.lam, self.k)
+        off = (self.U.T @ self.U - torch.eye(d).to(self.U)).abs().max()
+        if not (off < 1e-4 and self.mu.isfinite().all()):
+            raise ValueError("U must have orthonormal columns, and mu must be finite")
         if not self.lam[self.k - 1] > 0:
             raise ValueError(f"the data vary in fewer than k = {self.k} directions")
 
@@ -110,7 +115,13 @@ class PPCA:
         return (self.U * self.lam) @ self.U.T
 
     def encode(self, x: Float[Tensor, "B d"]) -> Float[Tensor, "B k"]:
-        r"""The posterior mean $\Lambda_k^{-1}W^\top(x-\mu)$ of the latent code."""
+        r"""The posterior mean $\Lambda_k^{-1}W^\top(x-\mu)$ of the latent code.
+
+        Raises:
+            ValueError: points that are not (B, d).
+        """
+        if x.ndim != 2 or x.shape[1] != len(self.mu):
+            raise ValueError(f"x must be (B, {len(self.mu)}), not {tuple(x.shape)}")
         return (x - self.mu) @ self.W / self.lam[: self.k]
 
     def decode(self, z: Float[Tensor, "B k"]) -> Float[Tensor, "B d"]:
@@ -132,19 +143,19 @@ class PPCA:
             (B, d) images. Their covariance has the eigenvalues ``decoded``.
 
         Raises:
-            ValueError: another strategy.
+            ValueError: another strategy, or points that are not (B, d).
 
         Source: Lemma 1.
         """
         _check_strategy(strategy)
+        z = self.encode(x)
         if strategy == 1:
-            return self.decode(self.encode(x))
+            return self.decode(z)
         draws = torch.Generator().manual_seed(seed)
-        z = torch.randn(len(x), self.k, generator=draws, dtype=torch.float64).to(x)
+        white = torch.randn(len(x), self.k, generator=draws, dtype=torch.float64).to(x)
         e = torch.randn(x.shape, generator=draws, dtype=torch.float64).to(x)
         sigma = math.sqrt(self.sigma2)
-        if strategy == 2:
-            z = self.encode(x) + sigma * z / self.lam[: self.k].sqrt()
+        z = white if strategy == 3 else z + sigma * white / self.lam[: self.k].sqrt()
         return self.decode(z) + sigma * e
 
 
@@ -254,8 +265,8 @@ def attack(
         (B, m) changes of the code, $m=k$; or of the pixels, $m=d$.
 
     Raises:
-        ValueError: shapes that do not fit; or an ``L`` at which the problem has no maximum, because
-            $L\Sigma-BB^\top$ is not positive definite.
+        ValueError: shapes that do not fit, values that are not finite; or an ``L`` at which the
+            problem has no maximum, because $L\Sigma-BB^\top$ is not positive definite.
 
     Source: Lemma 2; its forms with $W^\top\Sigma^{-1}W$ inside are equal to this one.
     """
@@ -266,7 +277,9 @@ def attack(
             "v and Sigma must be (B, d) and (d, d), W must be (d, k); v and Sigma are "
             f"{tuple(v.shape)} and {tuple(Sigma.shape)}"
         )
-    B = torch.eye(len(Sigma), dtype=Sigma.dtype, device=Sigma.device) if W is None else W.double()
+    B = torch.eye(d, dtype=Sigma.dtype, device=Sigma.device) if W is None else W.double()
+    if not (math.isfinite(L) and all(t.isfinite().all() for t in (v, Sigma, B))):
+        raise ValueError(f"v, Sigma, W and L must be finite; L is {L}")
     factor, failed = torch.linalg.cholesky_ex(L * Sigma - B @ B.T)
     if failed:
         raise ValueError(f"L = {L} is too small: a perturbation of any size pays, without a limit")
@@ -293,9 +306,13 @@ def factors(
 
     Source: Lemma 2.
     """
+    return 1 + _added(lam, L, w)
+
+
+def _added(lam: Tensor, L: float | Tensor, w: Tensor | None) -> Tensor:
+    r"""$A_i-1=w_i/(L\lambda_i-w_i)$, the share that the attack adds to a coordinate."""
     lam, w = _positive_pair(lam, w)
-    L = _above(L, lam, w)
-    return L * lam / (L * lam - w)
+    return w / (_above(L, lam, w) * lam - w)
 
 
 def displacement(
@@ -322,7 +339,7 @@ def displacement(
 
     Source: section 4.3; the chapter's figure of where the budget goes.
     """
-    return (factors(lam, L, w) - 1).square() * _variance(lam, var)
+    return _added(lam, L, w).square() * _variance(lam, var)
 
 
 def budget(
@@ -388,6 +405,8 @@ def multiplier(
     if not ((c > 0) & (rates == top)).any(dim=-1).all():
         raise ValueError("multiplier needs variance where w / lam is largest")
     size = _positive(eps, "eps", lam)
+    # |u_i| = c_i / (L - w_i/lam_i) in the root mean square. The unknown is L - top, which keeps its
+    # digits near the threshold; one direction alone needs at least low, all at the threshold high.
     low, high = (c / size - (top - rates)).amax(dim=-1, keepdim=True), _length(c) / size
     slack = _bisect(lambda s: _length(c / (s + top - rates)) > size, low, high)
     return (top + slack)[..., 0]
@@ -420,7 +439,8 @@ def excess_risk(
 
     Source: Theorems 2 and 4, Corollary 3.
     """
-    return ((factors(lam, L, w).square() - 1) * _variance(lam, var) / lam).sum(dim=-1) / 2
+    s = _added(lam, L, w)  # A^2 - 1 = s (2 + s), where A - 1 may be tiny
+    return (s * (2 + s) * _variance(lam, var) / lam).sum(dim=-1) / 2
 
 
 def distribution_change(
@@ -637,12 +657,15 @@ def linear_accuracy(
         A probability in [0, 1].
 
     Raises:
-        ValueError: a negative or infinite ``eps``, a norm without a dual one, or no variance along
-            ``c``.
+        ValueError: shapes that do not fit, a negative or infinite ``eps``, a norm without a dual
+            one, or no variance along ``c``.
 
     Source: not in the source; follows from its Theorems 5 and 6. Chapter ``gaussian``.
     """
     c, mu, Sigma = c.double(), mu.double(), Sigma.double()
+    d = len(c)
+    if mu.shape != (d,) or Sigma.shape != (d, d) or (W is not None and len(W) != d):
+        raise ValueError(f"c, mu, Sigma and W must be (d,), (d,), (d, d) and (d, k); c is ({d},)")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, not {eps}")
     spread = c @ Sigma @ c
@@ -662,8 +685,8 @@ def _check_strategy(strategy: int) -> None:
 
 
 def _check_latent(lam: Tensor, k: int) -> None:
-    if not 1 <= k <= lam.shape[-1]:
-        raise ValueError(f"k must be in 1..{lam.shape[-1]}, not {k}")
+    if not isinstance(k, Integral) or not 1 <= k <= lam.shape[-1]:
+        raise ValueError(f"k must be an integer in 1..{lam.shape[-1]}, not {k}")
     if not _valid(lam) or (lam.diff(dim=-1) > 0).any():
         raise ValueError("lam must be finite, not negative, and in decreasing order")
 

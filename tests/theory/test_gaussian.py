@@ -319,6 +319,11 @@ def test_where_the_budget_goes(lam, eps):
     assert latent[k] == 0
 
 
+def test_small_attacks_keep_their_digits():
+    assert displacement(vector(3), 1e12).item() == pytest.approx(1 / 3 / 1e24, rel=1e-10)
+    assert excess_risk(vector(3), 1e12).item() == pytest.approx(1 / 3 / 1e12, rel=1e-10)
+
+
 # -------------------------------------------------------------------------------- the saddle point
 
 
@@ -523,11 +528,15 @@ def test_accuracies_by_sampling(norm):
         (lambda: fit(torch.ones(1, 3), 1), "x must be"),
         (lambda: fit(torch.full((4, 3), math.nan), 1), "x must be"),
         (lambda: fit(torch.ones(4, 3), 1), "fewer than k"),
-        (lambda: fit(torch.randn(9, 3), 4), "k must be"),
+        (lambda: fit(torch.randn(9, 3), 4), "k must be an"),
         (lambda: PPCA(torch.ones(2), torch.eye(3), torch.ones(3), 1), "mu, U and lam"),
+        (lambda: PPCA(torch.ones(2), torch.ones(2, 2), vector(2, 1), 1), "orthonormal"),
+        (lambda: PPCA(torch.full((2,), math.nan), torch.eye(2), vector(2, 1), 1), "finite"),
+        (lambda: model().encode(torch.ones(3, 5)), "x must be"),
+        (lambda: gains(LAM, 1.5), "integer"),
         (lambda: noise(vector(1, 2), 1), "decreasing"),
         (lambda: gains(vector(1, -1), 1), "not negative"),
-        (lambda: gains(vector(2, 1), 0), "k must be"),
+        (lambda: gains(vector(2, 1), 0), "k must be an"),
         (lambda: decoded(LAM, 2, 4), "strategy must be"),
         (lambda: model().pass_through(torch.ones(1, 6), 0), "strategy must be"),
         (lambda: factors(vector(1, 0), 2.0), "support"),
@@ -544,6 +553,8 @@ def test_accuracies_by_sampling(norm):
         (lambda: attack(torch.ones(6), torch.eye(6), 9.0), "v and Sigma must"),
         (lambda: attack(torch.ones(2, 6), torch.eye(5), 9.0), "v and Sigma must"),
         (lambda: attack(torch.ones(2, 6), torch.eye(6), 9.0, torch.ones(5, 2)), "W must be"),
+        (lambda: attack(torch.ones(2, 6), torch.eye(6), math.nan), "finite"),
+        (lambda: attack(torch.full((2, 6), math.nan), torch.eye(6), 9.0), "finite"),
         (lambda: h(vector(1), -1.0), "h needs"),
         (lambda: saddle(LAM, 0.0), "L must be positive"),
         (lambda: saddle(LAM, 1.0, -LAM), "not negative"),
@@ -551,6 +562,7 @@ def test_accuracies_by_sampling(norm):
         (lambda: saddle_multiplier(LAM, -1.0), "eps must be"),
         (lambda: augmented(LAM, 2, 0, 1), "n must be"),
         (lambda: augmented(LAM, 2, 1, -1), "n must be"),
+        (lambda: linear_accuracy(torch.ones(3), torch.ones(2), torch.eye(2)), "must be"),
         (lambda: linear_accuracy(torch.zeros(2), torch.ones(2), torch.eye(2)), "variance"),
         (lambda: linear_accuracy(torch.ones(2), torch.ones(2), torch.eye(2), eps=-1.0), "eps must"),
         (
