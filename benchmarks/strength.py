@@ -59,30 +59,28 @@ WITHOUT_MNIST = Network("digits/cnn", 100)
 
 @dataclass(frozen=True)
 class Entry:
-    """An attack: its function, the function whose code decides when a row is old, its budgets."""
+    """An attack: its function, the definitions whose code says when a row is old, its budgets."""
 
     attack: Callable[..., Tensor]
-    code: str
+    code: tuple[str, ...]
     budgets: tuple[int, ...] = BUDGETS
 
 
 def entries(norm: str) -> dict[str, Entry]:
     """The attacks that minimize a norm: ours and those of the libraries."""
-    found = {"pdpgd": Entry(pdpgd, "adv.attacks.pdpgd.pdpgd")}
+    found = {"pdpgd": Entry(pdpgd, ("adv.attacks.pdpgd.pdpgd",))}
     if norm in ("linf", "l2"):
-        found["deepfool"] = Entry(deepfool, "adv.attacks.boundary.deepfool", (20,))
+        found["deepfool"] = Entry(deepfool, ("adv.attacks.boundary.deepfool",), (20,))
     if norm == "l2":
-        code, rules = (
-            "adv.attacks.penalty.carlini_wagner",
-            {"searches": 5, "weight": 0.1, "lr": 0.05},
-        )
-        tuned = partial(carlini_wagner, variable="clip", **rules)
+        code = ("adv.attacks.penalty.carlini_wagner",)
+        tuned = partial(carlini_wagner, variable="clip", searches=5, weight=0.1, lr=0.05)
         found["carlini_wagner"] = Entry(carlini_wagner, code)
         found["carlini_wagner.tuned"] = Entry(tuned, code)
     limits = {"bb": (20, 100, 500), "jsma": (500, 2000), "deepfool": (20,)}
     for name in peers.names(norm):
-        call = partial(peers.attack, name)
-        found[f"peers.{name}"] = Entry(call, "adv.lab.peers.attack", limits.get(name, BUDGETS))
+        call, code = partial(peers.attack, name), ("attack", f"PEERS[{name}]")
+        code = tuple(f"adv.lab.peers.{part}" for part in code)
+        found[f"peers.{name}"] = Entry(call, code, limits.get(name, BUDGETS))
     return found
 
 
@@ -140,7 +138,7 @@ def contest(
     kept = _stored(path(network.name, results), origin)
     content: dict[str, Any] = {}
     for key, entry in _wanted(norms, budgets, attacks):
-        code = digest(entry.code)
+        code = "-".join(map(digest, entry.code))
         if key in kept and (trust or kept[key]["code"] == code):
             continue
         kept[key] = dict(zip(("norm", "steps", "attack"), key, strict=True)) | {"code": code}

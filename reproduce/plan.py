@@ -364,7 +364,8 @@ class Plan:
             names = [f"reproduce.measures.{name}" for name in settings["measures"]]
             call = settings.get("call", "")
             if call.startswith("peers."):
-                names.append("adv.lab.peers.attack")
+                peer = call.removeprefix("peers.")
+                names += ["adv.lab.peers.attack", f"adv.lab.peers.PEERS[{peer}]"]
             elif call:
                 names.append(f"adv.attacks.{call}")
             if settings.get("target") == "pair":

@@ -16,9 +16,9 @@ __all__ = ["digest", "files"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("adv", "reproduce")
-# Data files have digests of their own. The table of networks is entered only at the network built,
-# or a new network would outdate the results of all others.
-PASSED_OVER = ("adv.lab.data", "adv.lab.models._MODELS")
+# Data files have digests of their own. The tables of networks and of peers are entered only at the
+# one in question, or a new one would outdate the results of all others.
+PASSED_OVER = ("adv.lab.data", "adv.lab.models._MODELS", "adv.lab.peers.PEERS")
 
 Definition = tuple[str, str]
 
