@@ -22,7 +22,9 @@ from adv.attacks.common import (
     Objective,
     Observe,
     check_inputs,
+    check_labels,
     check_number,
+    check_range,
     eval_mode,
     generator,
     is_adversarial,
@@ -65,11 +67,14 @@ def reconstruct(
         (B, ...) $G(E(x,y),y)$, clipped to the bounds.
 
     Raises:
-        ValueError: the manifold's codes or images have another shape, or are not finite.
+        TypeError, ValueError: inputs outside the bounds, bad labels; codes or images of another
+            shape, or not finite.
 
     Source: "Disentangling Adversarial Robustness", (7), whose second term it measures; chapter
     ``manifold``.
     """
+    check_range(x, bounds)
+    check_labels(x, y)
     with torch.no_grad(), eval_mode(manifold):  # type: ignore[arg-type]
         z = _encode(manifold, x.detach(), y)
         return manifold.decode(z, y).clamp(*bounds)

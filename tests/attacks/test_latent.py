@@ -1,6 +1,7 @@
 """Attacks on codes of a manifold: closed forms for linear decoders, and their manners."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from adv.defenses.adversarial import adversarial_loss, joint
 from adv.lab import data, zoo
 from adv.lab.generative import VAEManifold
 
-NORMS = {"linf": 1, "l2": 2}  # and the dual exponents
+NORMS = {"linf": 1, "l2": 2, 3.0: 1.5}  # and the dual exponents
 
 
 class Linear:
@@ -76,9 +77,67 @@ def test_no_budget_is_the_reconstruction(scene):
     given = {"manifold": manifold, "bounds": WIDE}
     again = reconstruct(x, y, **given)
     assert torch.allclose(again, expected, atol=1e-12)
+    clipped = reconstruct(x, y, manifold=manifold)
+    assert torch.equal(clipped, again.clamp(0, 1))
+    assert not torch.equal(clipped, again)
     for attack in (latent_fgsm, latent_noise):
         assert torch.equal(attack(model, x, y, eps=0.0, **given), again)
     assert torch.equal(latent_pgd(model, x, y, eps=0.0, steps=2, **given), again)
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_one_step_in_any_norm_and_the_last_point_of_pgd_count(scene, loss):
+    model, x, y, manifold = scene
+    given = {"manifold": manifold, "eps": 0.7, "loss": loss, "bounds": WIDE}
+    cubic = latent_fgsm(model, x, y, norm=3.0, **given)
+    assert torch.allclose(margin(model(cubic), y), least_margin(*scene, 0.7, 3.0), atol=1e-9)
+    seen = []
+    one = latent_pgd(
+        model,
+        x,
+        y,
+        steps=1,
+        step_size=0.7,
+        random_start=False,
+        observe=lambda _, s: seen.append(s["z"]),
+        **given,
+    )
+    assert torch.allclose(seen[0], manifold.encode(x, y))
+    assert torch.allclose(margin(model(one), y), least_margin(*scene, 0.7, "linf"), atol=1e-9)
+
+
+def test_a_manifold_in_training_mode_is_used_in_evaluation_mode(digits):
+    model, x, y, manifold = digits
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def encode(self, x, y):
+            return self.drop(manifold.encode(x, y))
+
+        decode = staticmethod(manifold.decode)
+
+    given = {"eps": 0.5}
+    for attack in (latent_fgsm, latent_noise, partial(latent_pgd, steps=2)):
+        expected = attack(model, x, y, manifold=manifold, **given)
+        assert torch.equal(attack(model, x, y, manifold=Dropping().train(), **given), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda x, y: (x + 1, y), ValueError),
+        (lambda x, y: (x * math.nan, y), ValueError),
+        (lambda x, y: (x, y[:3]), ValueError),
+        (lambda x, y: (x, y.double()), TypeError),
+    ],
+)
+def test_reconstruct_refuses_bad_input(digits, change, error):
+    _, x, y, manifold = digits
+    with pytest.raises(error):
+        reconstruct(*change(x, y), manifold=manifold)
 
 
 def test_noise_is_weaker_and_as_long(scene):
