@@ -171,6 +171,12 @@ def test_the_step_is_that_of_automatic_differentiation(digits):
     x_adv = latent_fgsm(model, x, y, manifold=manifold, eps=1.0)
     assert torch.allclose(x_adv, expected, atol=1e-6)
     assert not x_adv.requires_grad
+    given = {"manifold": manifold, "eps": 1.0}
+    fall = latent_fgsm(
+        model, x, y, loss=lambda f, y: -cross_entropy(f, y, reduction="none"), **given
+    )
+    opposite = manifold.vae.decode(z - 1.0 * gradient.sign(), y)
+    assert torch.allclose(fall, opposite, atol=1e-6), "the loss given is the one that climbs"
 
 
 def test_pgd_is_stronger_than_one_step_and_than_noise(digits):
