@@ -22,7 +22,8 @@ def provenance(
 
     Args:
         files: the code that made it.
-        packages: what it rests on beside Python, PyTorch, numpy and this module.
+        packages: what it rests on beside Python, PyTorch, numpy and this module; None stands for
+            the version of one that is not installed.
         place: the device; by default the one that ``lab.device`` chooses.
 
     Returns:
@@ -31,7 +32,7 @@ def provenance(
     """
     place = device() if place is None else place
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
-    versions = {one: importlib.metadata.version(one) for one in ("adv", "numpy", *packages)}
+    versions = {one: _version(one) for one in ("adv", "numpy", *packages)}
     changed = _git("diff", "--name-only", "HEAD", "--", *files) if (files := list(files)) else ""
     return {
         "device": {"type": place.type, "name": name, "threads": torch.get_num_threads()},
@@ -39,6 +40,13 @@ def provenance(
         "commit": _git("rev-parse", "HEAD"),
         "modified": None if changed is None else changed.splitlines(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str | Path) -> str | None:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from adv.lab import data, device, models, peers
 from adv.lab.evaluation import counting, perturb, success
-from adv.lab.generative import VAEManifold
+from adv.lab.generative import VAEManifold, with_manifold
 from adv.lab.training import History, cross_entropy, fit
 from reproduce import pairs, versions
 from reproduce.files import digest, read, replacing, sha256, write_json
@@ -384,8 +384,8 @@ def _loss(recipe: Settings, used: nn.Module | None = None) -> Callable[..., Tens
     settings = dict(recipe)
     if not settings:
         return cross_entropy
-    if used is not None and isinstance(used, models.VAE):
-        settings = _with_manifold(settings, _manifold(used))
+    if isinstance(used, models.VAE):
+        settings = with_manifold(settings, lambda _: used)
     function = _resolve(f"adv.{settings.pop('name')}")
     is_loss = next(iter(inspect.signature(function).parameters), "") == "model"
     return function if is_loss else function(**settings)
@@ -395,20 +395,6 @@ def _manifold(used: nn.Module) -> VAEManifold:
     if not isinstance(used, models.VAE):
         raise ValueError(f"images lie on the manifold of a VAE, not of a {type(used).__name__}")
     return VAEManifold(used).eval()
-
-
-def _with_manifold(settings: Any, manifold: VAEManifold) -> Any:
-    """The settings with the manifold wherever they ask for it."""
-    if isinstance(settings, Mapping):
-        return {
-            key: manifold
-            if (key, value) == ("manifold", "used")
-            else _with_manifold(value, manifold)
-            for key, value in settings.items()
-        }
-    if isinstance(settings, list):
-        return [_with_manifold(value, manifold) for value in settings]
-    return settings
 
 
 def _augmented(loss: Callable[..., Tensor], pad: int = 4) -> Callable[..., Tensor]:

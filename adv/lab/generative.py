@@ -6,8 +6,9 @@ of two networks and has a loop of its own, ``fit_wgan``. The networks are in ``l
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +29,7 @@ __all__ = [
     "fit_wgan",
     "gradient_penalty",
     "samples",
+    "with_manifold",
 ]
 
 
@@ -164,6 +166,31 @@ class VAEManifold(nn.Module):
     def decode(self, z: Float[Tensor, "B k"], y: Int[Tensor, " B"]) -> Float[Tensor, "B C H W"]:
         """Images in (0, 1)."""
         return self.vae.decode(z, y if self.vae.classes else None)
+
+
+def with_manifold(settings: Any, find: Callable[[str], nn.Module]) -> Any:
+    """Settings, nested as they are, in which each VAE named as a ``manifold`` has become one.
+
+    Args:
+        settings: mappings and lists, such as those of a loss that names its attacks.
+        find: from a name to the model.
+
+    Raises:
+        ValueError: the model is no ``VAE``.
+    """
+    if isinstance(settings, list):
+        return [with_manifold(part, find) for part in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    result = {}
+    for key, value in settings.items():
+        if key == "manifold":
+            if not isinstance(vae := find(value), VAE):
+                raise ValueError(f"a manifold is a VAE, not {value!r}")
+            result[key] = VAEManifold(vae).eval()
+        else:
+            result[key] = with_manifold(value, find)
+    return result
 
 
 # ----------------------------------------------------------------------------- the Wasserstein game

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import adv.lab
 from adv.lab import data, models
 from adv.lab.evaluation import accuracy, psnr, robust_accuracy
-from adv.lab.generative import VAEManifold, elbo, fit_wgan
+from adv.lab.generative import elbo, fit_wgan, with_manifold
 from adv.lab.training import Loss, Score, colorization, cross_entropy, fit, reconstruction
 
 __all__ = ["Comparison", "Entry", "entry", "load", "names", "store", "train"]
@@ -352,30 +352,11 @@ def _task(name: str) -> Task:
 
 
 def _loss(wanted: Entry) -> Loss:
-    settings = _with_manifolds(wanted.loss)
+    settings = with_manifold(wanted.loss, lambda name: load(name, adv.lab.device()))
     if not settings:
         return _task(wanted.task).loss if wanted.task else cross_entropy
     name = settings.pop("name")
     return _resolve("adv" if name.startswith("lab.") else "adv.defenses", name)(**settings)
-
-
-def _with_manifolds(settings: Any) -> Any:
-    """Settings in which the manifold of an attack, a VAE's name, has become the trained VAE."""
-    if isinstance(settings, list):
-        return [_with_manifolds(part) for part in settings]
-    if not isinstance(settings, Mapping):
-        return settings
-    return {
-        key: _manifold(value) if key == "manifold" else _with_manifolds(value)
-        for key, value in settings.items()
-    }
-
-
-def _manifold(name: str) -> VAEManifold:
-    model = load(name, adv.lab.device())
-    if not isinstance(model, models.VAE):
-        raise ValueError(f"a manifold is a VAE of the zoo, not {name!r}")
-    return VAEManifold(model)
 
 
 def _resolve(package: str, name: str) -> Callable[..., Any]:
