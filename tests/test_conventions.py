@@ -43,6 +43,8 @@ MAY_IMPORT = {
     "adv.lab.data": (),
     "adv.lab.figures": (),
     "adv.lab.models": (),
+    "adv.lab.annotate": (*METHODS, "adv.lab"),
+    "adv.lab.committee": (*METHODS, "adv.lab"),
     "adv.lab.evaluation": (*METHODS, "adv.lab"),
     "adv.lab.generative": (*METHODS, "adv.lab"),
     "adv.lab.peers": (*METHODS, "adv.lab"),
