@@ -1,0 +1,750 @@
+r"""Attacks on defenses that hide their gradient, above all behind an argmin.
+
+A defense that first solves $z^*(x)=\arg\min_zl(z;x)$ and then classifies by
+$h(z^*(x),x)$ shows no gradient: its solver is run, not differentiated. The functions of the first
+part make a *model* of it, with the same output and a gradient of their own: ``bpda`` pretends that
+the solver is the identity, ``nes`` asks the defense at random points, ``backtracking`` unrolls
+$T'$ steps of plain gradient descent from the solution, ``implicit`` solves the linear system of the
+implicit function theorem. Every attack of the package can be run on such a model. Solver, inner
+loss $l$ and readout $h$ are callables, so that nothing here knows a particular defense; inner
+losses of different samples must not interact, and networks are in evaluation mode.
+
+The second part are attacks: ``distortion_search``, the common outer loop, and ``latent_walk``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adv.attacks.common import (
+    Best,
+    Bounds,
+    GradientWatch,
+    Model,
+    Observe,
+    check_count,
+    check_inputs,
+    check_number,
+    eval_mode,
+    expand,
+    generator,
+    is_adversarial,
+    loss_gradient,
+    margin,
+    settled,
+)
+from adv.geometry import norm as norm_of
+
+__all__ = [
+    "Implicit",
+    "WarmStart",
+    "backtracking",
+    "bpda",
+    "distortion_search",
+    "implicit",
+    "implicit_gradient",
+    "latent_walk",
+    "nes",
+    "nes_gradient",
+    "neumann_gradient",
+    "unroll",
+]
+
+Inner = Callable[[Tensor, Tensor], Tensor]
+"""$l$: codes z (B, ...) and inputs x (B, ...) to (B,) losses of samples that don't interact."""
+Readout = Callable[[Tensor, Tensor], Tensor]
+"""$h$: codes and inputs to (B, K) logits."""
+Refine = Callable[[Tensor, Tensor], Tensor]
+"""Codes and inputs to better codes."""
+Solver = Callable[[Tensor], Tensor]
+"""Inputs to codes, by whatever means."""
+Explain = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Inputs to the logits (B, K) and to what each class makes of them, (B, K, ...)."""
+
+CEILING = 1e9
+"""Weight from which on one counts as not yet having succeeded."""
+GROWTH = 10.0
+"""Factor of a weight that has failed, as long as none has succeeded."""
+
+
+# ------------------------------------------------------------------------------ the inner problem
+
+
+def unroll(
+    inner: Inner,
+    z: Float[Tensor, "B ..."],
+    x: Float[Tensor, "B ..."],
+    *,
+    steps: int,
+    step_size: float,
+) -> Float[Tensor, "B ..."]:
+    r"""Plain gradient descent on the inner loss, recorded, so that the result knows of $x$.
+
+    $z^{t+1}=z^t-\eta'\nabla_zl(z^t;x)$ from a constant $z^0$. Started at a minimizer nothing moves,
+    and the derivative by $x$ is the Neumann series $\sum_{t<T'}BA^t$ of the implicit one. The
+    memory grows with the number of steps.
+
+    Args:
+        inner: $l(z;x)$, codes and inputs to (B,), twice differentiable.
+        z: (B, ...) first codes; where they come from is forgotten.
+        x: (B, ...) inputs, in whatever graph they are.
+        steps: $T'$, at least 0.
+        step_size: $\eta'>0$; the series converges for $\eta'<2/\lambda_{\max}$ of the Hessian.
+
+    Returns:
+        (B, ...) codes $z^{T'}$, in the graph of ``x``.
+
+    Raises:
+        TypeError, ValueError: a negative number of steps, a step size that isn't positive.
+
+    Source: Chen, Xie and Zhu (2020), (5) to (8) as corrected by E1 and E5; chapter ``generative``.
+    """
+    check_count("steps + 1", steps + 1)
+    _check_positive("step_size", step_size)
+    z, record = z.detach(), torch.is_grad_enabled() and x.requires_grad
+    with torch.enable_grad():
+        for _ in range(steps):
+            z = z if z.requires_grad else z.requires_grad_()
+            (g,) = torch.autograd.grad(inner(z, x).sum(), z, create_graph=record)
+            z = z - step_size * g if record else (z - step_size * g).detach()
+    return z
+
+
+class Implicit(NamedTuple):
+    """A gradient through an argmin, and how far to trust it.
+
+    Args:
+        gradient: (B, ...) with respect to the inputs.
+        residual: (B,) what is left of the linear system, relative to its right side.
+        curvature: (B,) the smallest curvature met; where it isn't positive, the codes are no
+            strict minimum, and the solution was stopped there.
+        products: how many products with the Hessian were made.
+    """
+
+    gradient: Tensor
+    residual: Tensor
+    curvature: Tensor
+    products: int
+
+
+def implicit_gradient(
+    inner: Inner,
+    z: Float[Tensor, "B ..."],
+    x: Float[Tensor, "B ..."],
+    v: Float[Tensor, "B ..."],
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-6,
+    damping: float = 0.0,
+) -> Implicit:
+    r"""Pull a gradient with respect to $z^*$ back to the inputs, by the implicit function theorem.
+
+    $-M^\top u$ with $(H+\tau I)u=v$, where $H=\nabla^2_{zz}l$ and $M=\partial^2l/\partial z\partial
+    x$: conjugate gradients on Hessian-vector products, each of them one backward pass through the
+    same graph, so that the memory does not grow with their number.
+
+    Args:
+        inner: $l(z;x)$, codes and inputs to (B,), twice differentiable.
+        z: (B, ...) minimizers $z^*(x)$.
+        x: (B, ...) inputs.
+        v: (B, ...) gradients with respect to the codes, shaped like ``z``.
+        iterations: at most; in exact arithmetic as many as a code has entries suffice.
+        tolerance: a sample is done when its residual is this small, relative to ``v``.
+        damping: $\tau\ge0$.
+
+    Returns:
+        Gradient, residual, smallest curvature met, and number of products.
+
+    Raises:
+        TypeError, ValueError: no iterations, a negative tolerance or damping, ``v`` of another
+            shape than ``z``.
+
+    Source: Chen, Xie and Zhu (2020), (1); chapter ``generative``.
+    """
+    check_count("iterations", iterations)
+    check_number("tolerance", tolerance)
+    check_number("damping", damping)
+    graph = _Graph(inner, z, x, v)
+    u, r, p = torch.zeros_like(v), v.clone(), v.clone()
+    size, rr = _dot(v, v), _dot(v, v)
+    active = rr > 0
+    curvature, products = torch.full_like(rr, math.inf), 0
+    for step in range(iterations):
+        if settled(~active, step):
+            break
+        hp, pp = graph.product(p) + damping * p, _dot(p, p)
+        products += 1
+        bend = _dot(p, hp)
+        curvature = torch.where(active, torch.minimum(curvature, bend / pp), curvature)
+        if step == 0:  # where the first direction bends down, it is all there is to follow
+            u = torch.where(expand(bend > 0, u), u, v)
+        active = active & (bend > 0)
+        length = torch.where(active, rr / bend, 0.0)
+        u, r = u + expand(length, p) * p, r - expand(length, hp) * hp
+        new = _dot(r, r)
+        active = active & (new > tolerance**2 * size)
+        p = torch.where(expand(active, p), r + expand(new / rr, p) * p, p)
+        rr = torch.where(active, new, rr)
+    residual = _dot(r, r).sqrt() / size.sqrt().where(size > 0, 1.0)
+    return Implicit(graph.pull(u), residual, curvature, products)
+
+
+def neumann_gradient(
+    inner: Inner,
+    z: Float[Tensor, "B ..."],
+    x: Float[Tensor, "B ..."],
+    v: Float[Tensor, "B ..."],
+    *,
+    steps: int,
+    step_size: float,
+) -> Float[Tensor, "B ..."]:
+    r"""What ``unroll`` from a minimizer hands back to the inputs, in constant memory.
+
+    $u_{k+1}=u_k+\eta'(v-Hu_k)$ from $u_0=0$, then $-M^\top u_{T'}$. In the eigenbasis of $H$ the
+    inverse $1/\lambda$ has become $(1-(1-\eta'\lambda)^{T'})/\lambda$.
+
+    Args:
+        inner: $l(z;x)$, codes and inputs to (B,), twice differentiable.
+        z: (B, ...) minimizers $z^*(x)$.
+        x: (B, ...) inputs.
+        v: (B, ...) gradients with respect to the codes, shaped like ``z``.
+        steps: $T'$, at least 0.
+        step_size: $\eta'>0$.
+
+    Returns:
+        (B, ...) gradients with respect to the inputs.
+
+    Raises:
+        TypeError, ValueError: a negative number of steps, a step size that isn't positive, ``v`` of
+            another shape than ``z``.
+
+    Source: Chen, Xie and Zhu (2020), Theorem 1 as corrected by E1 to E3; chapter ``generative``.
+    """
+    check_count("steps + 1", steps + 1)
+    _check_positive("step_size", step_size)
+    graph, u = _Graph(inner, z, x, v), torch.zeros_like(v)
+    for _ in range(steps):
+        u = u + step_size * (v - graph.product(u))
+    return graph.pull(u)
+
+
+class _Graph:
+    """The graph of the inner gradient at one point: products with $H$ and $-M^T$."""
+
+    def __init__(self, inner: Inner, z: Tensor, x: Tensor, v: Tensor) -> None:
+        if v.shape != z.shape:
+            raise ValueError(f"v is shaped like z, {tuple(z.shape)}, not {tuple(v.shape)}")
+        with torch.enable_grad():
+            self.z = z.detach().requires_grad_()
+            self.x = x.detach().requires_grad_()
+            (self.g,) = torch.autograd.grad(inner(self.z, self.x).sum(), self.z, create_graph=True)
+
+    def product(self, p: Tensor) -> Tensor:
+        return self._back(self.z, p)
+
+    def pull(self, u: Tensor) -> Tensor:
+        return -self._back(self.x, u)
+
+    def _back(self, to: Tensor, p: Tensor) -> Tensor:
+        if not self.g.requires_grad:
+            return torch.zeros_like(to)
+        (result,) = torch.autograd.grad(self.g, to, p, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(to) if result is None else result
+
+
+class WarmStart:
+    r"""An inner solver with a memory: the full one first, then a few steps from the last answer.
+
+    An attack asks for $z^*$ at hundreds of points close to one another. From the second call with
+    as many inputs on, the solver starts at the better of the last answer and the first one. Several
+    copies of the batch, as ``nes`` asks for, start there too and are forgotten.
+
+    Args:
+        solve: the full solver, inputs to codes.
+        refine: a few steps of it, codes and inputs to better codes.
+        inner: $l(z;x)$, by which an answer is the better one.
+
+    Source: Chen, Xie and Zhu (2020), appendix D; chapter ``generative``.
+    """
+
+    def __init__(self, solve: Solver, refine: Refine, inner: Inner) -> None:
+        self.solve, self.refine, self.inner = solve, refine, inner
+        self.first: Tensor | None = None
+        self.last: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget all answers: for other images, of which there happen to be as many."""
+        self.first = self.last = None
+
+    def __call__(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        """The codes of inputs, outside any graph."""
+        x, first, last = x.detach(), self.first, self.last
+        if first is None or last is None or not self._copies(len(x), len(first)):
+            self.first = self.last = self.solve(x).detach()
+            return self.first
+        copies = len(x) // len(first)
+        first, last = (z.repeat(copies, *[1] * (z.ndim - 1)) for z in (first, last))
+        with torch.no_grad():
+            better = self.inner(first, x) < self.inner(last, x)
+        z = self.refine(torch.where(expand(better, first), first, last), x).detach()
+        if copies == 1:
+            self.last = z
+        return z
+
+    @staticmethod
+    def _copies(count: int, known: int) -> bool:
+        return count == known or (known > 1 and count % known == 0)
+
+
+# -------------------------------------------------------------- models with a gradient of their own
+
+
+def bpda(purify: Model, classifier: Model) -> Model:
+    r"""The defended model $f(r(x))$, with the gradient of $f$ at $r(x)$, as if $r$ were $x$.
+
+    Backward pass differentiable approximation: right to first order where $r$ projects onto a
+    surface and the gradient lies in it, but what sticks out of the surface is spent in vain.
+
+    Args:
+        purify: $r$, inputs to inputs; run without a graph.
+        classifier: $f$, inputs to (B, K) logits.
+
+    Returns:
+        A model (B, ...) to (B, K), for any attack.
+
+    Source: Athalye, Carlini and Wagner (2018), section 4.1; Chen, Xie and Zhu (2020), (21) as
+    corrected by E10; chapter ``generative``.
+    """
+
+    def model(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            shift = purify(x.detach()) - x.detach()
+        return classifier(x + shift)
+
+    return model
+
+
+def backtracking(
+    solve: Solver,
+    inner: Inner,
+    readout: Readout,
+    *,
+    steps: int = 5,
+    step_size: float = 0.1,
+    memory: Literal["graph", "constant"] = "graph",
+) -> Model:
+    r"""The defended model $h(z^*(x),x)$, differentiated through $T'$ unrolled steps from $z^*$.
+
+    With ``"graph"`` the steps are recorded and read off at $z^{T'}$; with ``"constant"`` the
+    Neumann iteration takes their place and the readout is at $z^*$ itself. At an exact minimizer
+    both are the same. Without steps what is left is the explicit dependence of $h$ on $x$, the
+    *envelope* gradient: exact where $h$ is the minimum of the inner loss itself.
+
+    Args:
+        solve: inputs to codes $z^*$; run without a graph.
+        inner: $l(z;x)$, codes and inputs to (B,), twice differentiable.
+        readout: $h(z,x)$, codes and inputs to (B, K) logits.
+        steps: $T'$, at least 0.
+        step_size: $\eta'>0$, best near $1/\lambda_{\max}$ of the inner Hessian.
+        memory: ``"graph"`` or ``"constant"``.
+
+    Returns:
+        A model (B, ...) to (B, K), for any attack.
+
+    Raises:
+        TypeError, ValueError: a negative number of steps, a step size that isn't positive, an
+            unknown ``memory``.
+
+    Source: Chen, Xie and Zhu (2020), Theorem 1; chapter ``generative``.
+    """
+    check_count("steps + 1", steps + 1)
+    _check_positive("step_size", step_size)
+    if memory not in ("graph", "constant"):
+        raise ValueError(f"memory is 'graph' or 'constant', not {memory!r}")
+
+    def pull(z: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        return neumann_gradient(inner, z, x, v, steps=steps, step_size=step_size)
+
+    def model(x: Tensor) -> Tensor:
+        z = _solved(solve, x)
+        if memory == "constant":
+            return readout(_Answer.apply(x, z, pull), x)
+        return readout(unroll(inner, z, x, steps=steps, step_size=step_size), x)
+
+    return model
+
+
+def implicit(
+    solve: Solver,
+    inner: Inner,
+    readout: Readout,
+    *,
+    iterations: int = 50,
+    tolerance: float = 1e-3,
+    damping: float = 1e-4,
+) -> Model:
+    r"""The defended model $h(z^*(x),x)$, differentiated by the implicit function theorem.
+
+    Args:
+        solve: inputs to codes $z^*$; run without a graph.
+        inner: $l(z;x)$, codes and inputs to (B,), twice differentiable.
+        readout: $h(z,x)$, codes and inputs to (B, K) logits.
+        iterations: of conjugate gradients at most, as in ``implicit_gradient``.
+        tolerance: of their residual.
+        damping: $\tau\ge0$.
+
+    Returns:
+        A model (B, ...) to (B, K), for any attack.
+
+    Raises:
+        TypeError, ValueError: no iterations, a negative tolerance or damping.
+
+    Source: Chen, Xie and Zhu (2020), (1); chapter ``generative``.
+    """
+    check_count("iterations", iterations)
+    check_number("tolerance", tolerance)
+    check_number("damping", damping)
+    rule: dict[str, Any] = {"iterations": iterations, "tolerance": tolerance, "damping": damping}
+
+    def pull(z: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        return implicit_gradient(inner, z, x, v, **rule).gradient
+
+    def model(x: Tensor) -> Tensor:
+        return readout(_Answer.apply(x, _solved(solve, x), pull), x)
+
+    return model
+
+
+def nes_gradient(
+    value: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "B ..."],
+    *,
+    samples: int = 50,
+    sigma: float = 0.1,
+    seed: int = 0,
+    call: int = 0,
+) -> Float[Tensor, "B ..."]:
+    r"""The gradient of a function, guessed from its values at random points around $x$.
+
+    $\hat g=\frac1{n\sigma}\sum_iF(x+\sigma u_i)u_i$ with normal $u_i$ in opposite pairs. With $m$
+    pairs in $D$ dimensions its cosine with the true gradient is about $\sqrt{m/(m+D+1)}$.
+
+    Args:
+        value: $F$, points (n B, ...) to (n B,); they are ``samples`` copies of the batch, one after
+            the other, so that labels are ``y.repeat(samples)``.
+        x: (B, ...) where; the points may leave the bounds.
+        samples: $n$, an even number.
+        sigma: standard deviation $\sigma>0$ of the points, in the units of $x$.
+        seed: of the draws.
+        call: a number that gives each of several calls its own draws.
+
+    Returns:
+        (B, ...) estimates.
+
+    Raises:
+        TypeError, ValueError: an odd number of samples, a sigma that isn't positive.
+
+    Source: Ilyas et al. (2018), section 2; Chen, Xie and Zhu (2020), (20); chapter ``generative``.
+    """
+    _check_draws(samples, sigma)
+    draws = generator(seed, call)
+    half = torch.randn(samples // 2, *x.shape, generator=draws, dtype=x.dtype).to(x.device)
+    u = torch.cat([half, -half])
+    with torch.no_grad():
+        values = value((x.detach() + sigma * u).flatten(0, 1)).unflatten(0, (samples, len(x)))
+    return (values.reshape(samples, len(x), *[1] * (x.ndim - 1)) * u).mean(dim=0) / sigma
+
+
+def nes(model: Model, *, samples: int = 50, sigma: float = 0.1, seed: int = 0) -> Model:
+    r"""The model itself, with a gradient guessed from its values by ``nes_gradient``.
+
+    Each backward pass asks for the logits at ``samples`` new points, and estimates the gradient of
+    the loss as linearized in the logits.
+
+    Args:
+        model: inputs to (B, K) logits; its own gradient is never used.
+        samples: points of an estimate, an even number.
+        sigma: their standard deviation, in the units of the inputs.
+        seed: of the draws, which differ from one backward pass to the next.
+
+    Returns:
+        A model (B, ...) to (B, K), for any attack.
+
+    Raises:
+        TypeError, ValueError: an odd number of samples, a sigma that isn't positive, a bad seed.
+
+    Source: Chen, Xie and Zhu (2020), (20); chapter ``generative``.
+    """
+    _check_draws(samples, sigma)
+    generator(seed)
+    calls = 0
+
+    def pull(_logits: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        weights = v.repeat(samples, 1)
+
+        def value(points: Tensor) -> Tensor:
+            return (model(points) * weights).sum(dim=1)
+
+        rule: dict[str, Any] = {"samples": samples, "sigma": sigma, "seed": seed}
+        return nes_gradient(value, x, call=calls, **rule)
+
+    return lambda x: _Answer.apply(x, _solved(model, x), pull)
+
+
+class _Answer(torch.autograd.Function):
+    """A tensor found without a graph, whose gradient is pulled back to the inputs by a function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, pull: Callable[..., Tensor]) -> Tensor:
+        ctx.save_for_backward(x, z)
+        ctx.pull = pull
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, z = ctx.saved_tensors
+        return ctx.pull(z, x, grads[0]), None, None
+
+
+# -------------------------------------------------------------------------------------- attacks
+
+
+def distortion_search(
+    model: Model,
+    x: Float[Tensor, "B ..."],
+    y: Int[Tensor, " B"],
+    *,
+    verify: Model | None = None,
+    steps: int = 60,
+    rounds: int = 5,
+    weight: float = 1.0,
+    lr: float = 0.02,
+    confidence: float = 0.5,
+    update: Literal["adam", "sign"] = "adam",
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Float[Tensor, "B ..."]:
+    r"""Minimize $\|x'-x\|_2^2+\lambda\max(m_y(x')+\kappa,0)$, and find the least $\lambda$.
+
+    Every round starts from ``x``. The nearest point that fools the model is its candidate, and the
+    nearest with a margin below $-\kappa$ a second one; ``verify`` has the last word on both. A
+    weight that fails grows tenfold until one succeeds, then the two are bisected.
+
+    Args:
+        model: what is differentiated, inputs to (B, K) logits: the defense with a gradient.
+        x: (B, ...) inputs inside ``bounds``.
+        y: (B,) true labels.
+        verify: the defense itself, with restarts of its own; by default ``model``.
+        steps: forward and backward passes of a round.
+        rounds: weights tried.
+        weight: the first $\lambda>0$.
+        lr: Adam's step size, or the last step of ``"sign"``, in the units of ``x``.
+        confidence: $\kappa\ge0$, in units of the logits.
+        update: ``"adam"``, or ``"sign"``: a sign step that grows linearly to ``lr``.
+        bounds: smallest and largest value of an input.
+        seed: not used, since nothing is drawn here.
+        observe: called at each pass with ``x_adv``, ``logits``, ``weight`` and the best distances
+            so far, ``unverified`` and ``verified``, infinite where there is none.
+
+    Returns:
+        (B, ...) the nearest verified inputs, inside ``bounds``; ``x`` itself where none was found.
+
+    Raises:
+        TypeError, ValueError: bad input, as ``check_inputs`` says; a weight or ``lr`` that isn't
+            positive; an unknown update.
+
+    Source: Chen, Xie and Zhu (2020), (20) and (21); Carlini and Wagner (2017); chapter
+    ``generative``.
+    """
+    generator(seed)
+    check_inputs(model, x, y, bounds=bounds, steps=steps, rounds=rounds)
+    _check_positive("weight", weight)
+    _check_positive("lr", lr)
+    check_number("confidence", confidence)
+    if update not in ("adam", "sign"):
+        raise ValueError(f"update is 'adam' or 'sign', not {update!r}")
+    x, search = x.detach(), _Candidates(x.detach(), y, verify or model, confidence)
+    lam, low = x.new_full((len(x),), weight), x.new_zeros(len(x))
+    high, watch = torch.full_like(lam, CEILING), GradientWatch(x)
+    with eval_mode(model), eval_mode(verify or model):
+        for count in range(rounds):
+            search.begin()
+            x_adv, mover = x, _Mover(update, lr, steps, x)
+            for step in range(steps):
+                logits, g = loss_gradient(model, x_adv, y, search.hinge)
+                g = watch.see(g, is_adversarial(logits, y))
+                search.look(x_adv, logits)
+                if observe is not None:
+                    state = {"x_adv": x_adv, "logits": logits, "weight": lam}
+                    observe(count * steps + step, state | search.distances())
+                g = 2 * (x_adv - x) + expand(lam, g) * g
+                x_adv = (x_adv - mover.step(g, step + 1)).clamp(*bounds)
+            success = search.judge()
+            low, high = torch.where(success, low, lam), torch.where(success, lam, high)
+            lam = torch.where(high < CEILING, (low + high) / 2, GROWTH * lam)
+    watch.report("distortion_search()")
+    return search.verified.x_adv
+
+
+class _Mover:
+    """Steps of Adam, or sign steps that grow."""
+
+    def __init__(self, update: str, lr: float, steps: int, x: Tensor) -> None:
+        self.adam, self.lr, self.steps = update == "adam", lr, steps
+        self.mean, self.square = torch.zeros_like(x), torch.zeros_like(x)
+
+    def step(self, g: Tensor, k: int) -> Tensor:
+        if not self.adam:
+            return self.lr * k / self.steps * g.sign()
+        self.mean, self.square = self.mean.lerp(g, 0.1), self.square.lerp(g * g, 0.001)
+        scale = (self.square / (1 - 0.999**k)).sqrt() + 1e-8
+        return self.lr * self.mean / (1 - 0.9**k) / scale
+
+
+class _Candidates:
+    """The nearest successes: of a round, of all rounds, and of all rounds after verification."""
+
+    def __init__(self, x: Tensor, y: Tensor, verify: Model, confidence: float) -> None:
+        self.x, self.y, self.verify, self.confidence = x, y, verify, confidence
+        self.unverified, self.verified = Best(x), Best(x)
+        self.begin()
+
+    def begin(self) -> None:
+        self.near, self.sure = Best(self.x), Best(self.x)
+
+    def hinge(self, logits: Tensor, y: Tensor) -> Tensor:
+        return (margin(logits, y) + self.confidence).clamp_min(0)
+
+    def look(self, x_adv: Tensor, logits: Tensor) -> None:
+        hit, distance = is_adversarial(logits, self.y), norm_of(x_adv - self.x, "l2")
+        self.near.update(x_adv, distance, hit)
+        self.sure.update(x_adv, distance, hit & (margin(logits, self.y) < -self.confidence))
+        self.unverified.update(x_adv, distance, hit)
+
+    def judge(self) -> Tensor:
+        """(B,) whether a candidate of the round stands the test."""
+        success = torch.zeros_like(self.near.found)
+        with torch.no_grad():
+            for best in (self.near, self.sure):
+                stands = best.found & is_adversarial(self.verify(best.x_adv), self.y)
+                self.verified.update(best.x_adv, best.distance, stands)
+                success |= stands
+        return success
+
+    def distances(self) -> dict[str, Tensor]:
+        return {"unverified": self.unverified.distance, "verified": self.verified.distance}
+
+
+def latent_walk(
+    model: Model,
+    x: Float[Tensor, "B ..."],
+    y: Int[Tensor, " B"],
+    *,
+    explain: Explain,
+    eta: float = 0.02,
+    steps: int = 75,
+    every: int = 25,
+    growth: float = 2.0,
+    halvings: int = 5,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Float[Tensor, "B ..."]:
+    r"""Walk toward what the best wrong class makes of the image, until the decision changes.
+
+    $x'\leftarrow(1-\eta)x'+\eta\,G_c(z_c^*(x'))$ with the most likely wrong class $c$ of the
+    moment, then bisect between $x$ and the point found. No gradient is taken.
+
+    Args:
+        model: the defense, inputs to (B, K) logits; it judges the points of the bisection.
+        x: (B, ...) inputs inside ``bounds``.
+        y: (B,) true labels.
+        explain: inputs to the logits (B, K) and to what each class makes of them, (B, K, ...).
+        eta: share of the way of a step.
+        steps: of the walk at most.
+        every: after so many steps the share grows.
+        growth: by this factor, to 1 at most.
+        halvings: of the segment between ``x`` and the point found; 0 for none.
+        bounds: smallest and largest value of an input.
+        seed: not used, since nothing is drawn here.
+        observe: called at each step with ``x_adv``, ``logits``, ``images`` (B, K, ...) and
+            ``eta``.
+
+    Returns:
+        (B, ...) the last point that fooled the model, inside ``bounds``; ``x`` where none did.
+
+    Raises:
+        TypeError, ValueError: bad input, as ``check_inputs`` says; a share not in (0, 1], a factor
+            below 1, a negative number of halvings.
+
+    Source: Chen, Xie and Zhu (2020), (22); Schott et al. (2019); chapter ``generative``.
+    """
+    generator(seed)
+    check_inputs(model, x, y, bounds=bounds, steps=steps, every=every)
+    _check_positive("eta", eta)
+    check_number("eta", eta, 1.0)
+    check_number("growth - 1", growth - 1)
+    check_count("halvings + 1", halvings + 1)
+    x, x_adv = x.detach(), x.detach()
+    done = torch.zeros_like(y, dtype=torch.bool)
+    with torch.no_grad(), eval_mode(model):
+        for step in range(steps):
+            share = min(1.0, eta * growth ** (step // every))
+            logits, made = explain(x_adv)
+            done = done | is_adversarial(logits, y)
+            if observe is not None:
+                state = {"x_adv": x_adv, "logits": logits, "images": made}
+                observe(step, {**state, "eta": torch.tensor(share)})
+            if settled(done, step):
+                break
+            wrong = logits.scatter(1, y[:, None], -math.inf).argmax(dim=1)
+            goal = made[torch.arange(len(x), device=x.device), wrong]
+            moved = x_adv + share * (goal - x_adv)
+            x_adv = torch.where(expand(done, x), x_adv, moved).clamp(*bounds)
+        return _bisect(model, x, x_adv, y, halvings)
+
+
+def _bisect(model: Model, x: Tensor, x_adv: Tensor, y: Tensor, halvings: int) -> Tensor:
+    """The last point of a bisection that fools the model, or ``x`` where the first doesn't."""
+    found = is_adversarial(model(x_adv), y)
+    low, high = torch.zeros_like(x_adv[:, :1]).flatten(1)[:, 0], x.new_ones(len(x))
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        hit = is_adversarial(model(x + expand(middle, x) * (x_adv - x)), y)
+        low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
+    # At high = 1 the sum may be rounded away from the point that was judged.
+    last = torch.where(expand(high < 1, x), x + expand(high, x) * (x_adv - x), x_adv)
+    return torch.where(expand(found, x), last, x).clone()
+
+
+# -------------------------------------------------------------------------------------- helpers
+
+
+def _solved(solve: Solver, x: Tensor) -> Tensor:
+    """An answer outside any graph; ``detach`` again, for a solver that turns recording on."""
+    with torch.no_grad():
+        return solve(x.detach()).detach()
+
+
+def _dot(a: Tensor, b: Tensor) -> Float[Tensor, " B"]:
+    return (a * b).flatten(1).sum(dim=1)
+
+
+def _check_draws(samples: int, sigma: float) -> None:
+    check_count("samples", samples)
+    _check_positive("sigma", sigma)
+    if samples % 2:
+        raise ValueError(f"samples come in pairs, so their number is even, not {samples}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    check_number(name, value)
+    if value == 0:
+        raise ValueError(f"{name} must be positive, not 0")

@@ -1,0 +1,433 @@
+"""Gradients through an argmin, against solved systems, finite differences and closed forms."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from helpers import WIDE, affine, inputs
+from torch import nn
+
+from adv.attacks.adaptive import (
+    WarmStart,
+    backtracking,
+    bpda,
+    distortion_search,
+    implicit,
+    implicit_gradient,
+    latent_walk,
+    nes,
+    nes_gradient,
+    neumann_gradient,
+    unroll,
+)
+from adv.attacks.common import margin
+from adv.attacks.gradient import pgd
+
+
+class Smooth:
+    """A tanh generator, its inner loss, and a solver that ends with Newton steps."""
+
+    def __init__(self, d=3, hidden=8, size=6, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        self.d, self.A, self.a, self.B = d, make(hidden, d), make(hidden), make(size, hidden) / 2
+
+    def G(self, z):  # noqa: N802
+        return torch.tanh(z @ self.A.T + self.a) @ self.B.T
+
+    def inner(self, z, x):
+        return (self.G(z) - x).square().sum(dim=1)
+
+    def hessian(self, z, x):
+        one = lambda code: self.inner(code[None], x[None])[0]  # noqa: E731
+        return torch.autograd.functional.hessian(one, z)
+
+    def solve(self, x, start=None):
+        z = torch.zeros(len(x), self.d, dtype=x.dtype) if start is None else start.clone()
+        for _ in range(60 if start is None else 0):
+            z = z - 0.03 * self.slope(z, x)
+        for _ in range(12):
+            H = torch.stack([self.hessian(*pair) for pair in zip(z, x, strict=True)])
+            z = z - torch.linalg.solve(H, self.slope(z, x))
+        return z
+
+    def slope(self, z, x):
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.inner(z, x).sum(), z)[0]
+
+    def jacobians(self, z, x):
+        """H and M of one sample."""
+        H = self.hessian(z, x)
+        both = lambda z, x: self.inner(z[None], x[None])[0]  # noqa: E731
+        M = torch.autograd.functional.hessian(both, (z, x))[0][1]
+        return H, M
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A generator, two inputs near its range, their minimizers, and gradients to pull back."""
+    world = Smooth()
+    g = torch.Generator().manual_seed(3)
+    codes = 0.5 * torch.randn(2, 3, generator=g, dtype=torch.float64)
+    x = world.G(codes) + 0.1 * torch.randn(2, 6, generator=g, dtype=torch.float64)
+    z = world.solve(x, codes)
+    assert world.slope(z, x).abs().max() < 1e-12
+    v = torch.randn(2, 3, generator=g, dtype=torch.float64)
+    return world, z, x, v
+
+
+def filtered(world, z, x, v, steps, eta):
+    """The Neumann series by hand, with explicit matrices."""
+    rows = []
+    for one in zip(z, x, v, strict=True):
+        H, M = world.jacobians(*one[:2])
+        A = torch.eye(len(H), dtype=H.dtype) - eta * H
+        series = sum((torch.linalg.matrix_power(A, t) for t in range(steps)), torch.zeros_like(H))
+        rows.append(-eta * M.T @ series @ one[2])
+    return torch.stack(rows)
+
+
+def test_the_implicit_gradient_is_that_of_the_solver(scene):
+    world, z, x, v = scene
+    found = implicit_gradient(world.inner, z, x, v)
+    step, eye = 1e-5, torch.eye(6, dtype=torch.float64)
+    slopes = []
+    for e in eye:
+        ends = [(world.solve(x + s * step * e, z) * v).sum(dim=1) for s in (1, -1)]
+        slopes.append((ends[0] - ends[1]) / (2 * step))
+    assert torch.allclose(found.gradient, torch.stack(slopes, 1), rtol=1e-7, atol=1e-8)
+    assert found.products <= 4, "three dimensions take three products"
+    assert found.residual.max() < 1e-6
+    least = [torch.linalg.eigvalsh(world.jacobians(*p)[0])[0] for p in zip(z, x, strict=True)]
+    assert torch.all(found.curvature >= torch.stack(least) - 1e-9)
+
+
+def test_damping_and_iterations_do_what_they_say(scene):
+    world, z, x, v = scene
+    damped = implicit_gradient(world.inner, z, x, v, damping=0.5).gradient
+    for i in range(2):
+        H, M = world.jacobians(z[i], x[i])
+        u = torch.linalg.solve(H + 0.5 * torch.eye(3, dtype=H.dtype), v[i])
+        assert torch.allclose(damped[i], -M.T @ u, atol=1e-6)
+    early = implicit_gradient(world.inner, z, x, v, iterations=1)
+    assert early.products == 1
+    assert early.residual.min() > 1e-3
+    nothing = implicit_gradient(world.inner, z, x, torch.zeros_like(v))
+    assert (nothing.products, nothing.gradient.abs().max()) == (0, 0)
+
+
+def test_indefinite_problems_are_told():
+    H = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
+    inner = lambda z, x: 0.5 * ((z @ H) * z).sum(dim=1) - (z * x).sum(dim=1)  # noqa: E731
+    zero = torch.zeros(2, 2, dtype=torch.float64)
+    v = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    found = implicit_gradient(inner, zero, zero, v)
+    assert torch.allclose(found.curvature, torch.tensor([-0.5, 1.0], dtype=torch.float64))
+    assert torch.allclose(found.gradient, v), "down where it bends, solved where it doesn't"
+    assert torch.allclose(found.residual[1], torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 7])
+def test_unrolling_from_the_minimizer_is_the_neumann_series(scene, steps):
+    world, z, x, v = scene
+    expected = filtered(world, z, x, v, steps, 0.05)
+    found = neumann_gradient(world.inner, z, x, v, steps=steps, step_size=0.05)
+    assert torch.allclose(found, expected, atol=1e-13)
+    w = x.clone().requires_grad_()
+    end = unroll(world.inner, z, w, steps=steps, step_size=0.05)
+    assert torch.allclose(end, z, atol=1e-12), "nothing moves"
+    if steps:
+        (g,) = torch.autograd.grad((end * v).sum(), w)
+        assert torch.allclose(g, expected, atol=1e-11)
+    else:
+        assert not end.requires_grad
+
+
+def test_unrolling_elsewhere_is_gradient_descent(scene):
+    world, z, x, _ = scene
+    far = z + 0.2
+    by_hand = far
+    for _ in range(5):
+        by_hand = by_hand - 0.05 * world.slope(by_hand, x)
+    with torch.no_grad():
+        end = unroll(world.inner, far, x.clone().requires_grad_(), steps=5, step_size=0.05)
+    assert torch.allclose(end, by_hand, atol=1e-14)
+    assert not end.requires_grad
+
+
+def test_for_linear_generators_every_gradient_has_a_closed_form():
+    g = torch.Generator().manual_seed(1)
+    W = torch.randn(7, 3, generator=g, dtype=torch.float64)
+    net, x, eta = affine(4, 7, seed=2), inputs(5, 7), 0.02
+    inner = lambda z, x: (z @ W.T - x).square().sum(dim=1)  # noqa: E731
+    solve = lambda x: x @ torch.linalg.pinv(W).T  # noqa: E731
+    readout = lambda z, x: net(z @ W.T)  # noqa: E731
+    u, s, _ = torch.linalg.svd(W, full_matrices=False)
+    gradient = net.weight[1] - net.weight[2]
+
+    def slope(model):
+        w = x.clone().requires_grad_()
+        logits = model(w)
+        assert torch.allclose(logits, net(x @ u @ u.T))
+        return torch.autograd.grad((logits[:, 1] - logits[:, 2]).sum(), w)[0]
+
+    expected = u @ (u.T @ gradient)
+    found = slope(implicit(solve, inner, readout, damping=0.0, tolerance=1e-10))
+    assert torch.allclose(found, expected.expand(5, -1), atol=1e-9)
+    damped = slope(implicit(solve, inner, readout, damping=3.0, tolerance=1e-10))
+    expected = u @ (2 * s**2 / (2 * s**2 + 3.0) * (u.T @ gradient))
+    assert torch.allclose(damped, expected.expand(5, -1), atol=1e-9)
+    for steps in (1, 4):
+        share = 1 - (1 - 2 * eta * s**2) ** steps
+        expected = (u @ (share * (u.T @ gradient))).expand(5, -1)
+        for memory in ("graph", "constant"):
+            model = backtracking(solve, inner, readout, steps=steps, step_size=eta, memory=memory)
+            assert torch.allclose(slope(model), expected, atol=1e-12), memory
+    flat = slope(bpda(lambda x: solve(x) @ W.T, net))
+    assert torch.allclose(flat, gradient.expand(5, -1))
+
+
+def test_without_steps_the_envelope_gradient_is_left(scene):
+    world, z, x, _ = scene
+    calls = []
+    solve = lambda x: calls.append(1) or z  # noqa: E731
+    value = lambda z, x: torch.stack([-world.inner(z, x), 0 * x[:, 0]], 1)  # noqa: E731
+    w = x.clone().requires_grad_()
+    out = backtracking(solve, world.inner, value, steps=0)(w)
+    (g,) = torch.autograd.grad(margin(out, torch.zeros(2, dtype=torch.int64)).sum(), w)
+    step, slopes = 1e-5, []
+    for e in torch.eye(6, dtype=torch.float64):
+        ends = [world.inner(world.solve(x + s * step * e, z), x + s * step * e) for s in (1, -1)]
+        slopes.append((ends[0] - ends[1]) / (2 * step))
+    assert torch.allclose(g, -torch.stack(slopes, 1), rtol=1e-6, atol=1e-8)
+    assert len(calls) == 1
+
+
+def test_gradient_guesses_are_the_sum_they_claim():
+    x, gradient = inputs(4, 9), inputs(4, 9, seed=5) - 0.5
+    seen = []
+
+    def value(points):
+        seen.append(points)
+        away = points - x.repeat(6, 1)
+        return (away * gradient.repeat(6, 1)).sum(dim=1) + away.abs().sum(dim=1)  # an even part
+
+    found = nes_gradient(value, x, samples=6, sigma=0.3, seed=4)
+    points = seen[0].reshape(6, 4, 9).numpy()
+    u = (points - x.numpy()) / 0.3
+    assert np.allclose(u[:3], -u[3:])
+    assert 0.5 < u.std() < 1.5
+    by_hand = np.mean([(ui * gradient.numpy()).sum(1, keepdims=True) * ui for ui in u], axis=0)
+    assert np.allclose(found.numpy(), by_hand), "pairs cancel what is even"
+    assert torch.equal(found, nes_gradient(value, x, samples=6, sigma=0.3, seed=4))
+    assert not torch.equal(found, nes_gradient(value, x, samples=6, sigma=0.3, seed=4, call=1))
+
+
+def test_the_angle_of_a_guess():
+    x, gradient = inputs(400, 64), torch.randn(64, dtype=torch.float64)
+    guess = nes_gradient(lambda p: p @ gradient, x, samples=50)
+    cosine = torch.nn.functional.cosine_similarity(guess, gradient.expand(400, -1)).mean()
+    assert cosine == pytest.approx(math.sqrt(25 / (25 + 64 + 1)), abs=0.02)
+
+
+def test_a_guessing_model_never_asks_for_a_gradient_and_draws_anew():
+    net = affine(3, 8)
+    blind = lambda x: net(x.detach())  # noqa: E731
+    x, true = inputs(6, 8), net.weight[2] - net.weight[0]
+
+    def slope(model):
+        w = x.clone().requires_grad_()
+        logits = model(w)
+        assert torch.equal(logits, net(x))
+        return torch.autograd.grad((logits[:, 2] - logits[:, 0]).sum(), w)[0]
+
+    model = nes(blind, samples=400, seed=3)
+    first, second = slope(model), slope(model)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, slope(nes(blind, samples=400, seed=3)))
+    aligned = torch.nn.functional.cosine_similarity(first, true.expand(6, -1))
+    assert aligned.min() > 0.9
+    assert first.mean(dim=0) @ true / (true @ true) == pytest.approx(1, abs=0.1), "its length too"
+
+
+def test_a_warm_solver_starts_at_the_better_of_two_answers():
+    log = []
+
+    def solve(x):
+        log.append(("full", len(x)))
+        return torch.zeros(len(x), 1, dtype=x.dtype)
+
+    def refine(z, x):
+        log.append(("warm", z.flatten().tolist()))
+        return z + 10
+
+    inner = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
+    warm, x = WarmStart(solve, refine, inner), inputs(2, 1)
+    warm(x[:1])
+    assert warm(x).flatten().tolist() == [0, 0]
+    assert warm(x).flatten().tolist() == [10, 10]
+    warm(torch.tensor([[9.0], [0.0]], dtype=torch.float64))
+    warm(torch.full((4, 1), 19.0, dtype=torch.float64))
+    warm(torch.full((2, 1), 19.0, dtype=torch.float64))
+    assert log == [
+        ("full", 1),
+        ("full", 2),
+        ("warm", [0, 0]),
+        ("warm", [10, 0]),
+        ("warm", [20, 10, 20, 10]),
+        ("warm", [20, 10]),
+    ]
+    warm.reset()
+    warm(x)
+    assert log[-1] == ("full", 2)
+
+
+@pytest.mark.parametrize("update", ["adam", "sign"])
+def test_the_search_finds_the_nearest_point_of_a_half_space(update):
+    net, x = affine(2, 5), inputs(6, 5)
+    y = net(x).argmax(dim=1)
+    w = net.weight[0] - net.weight[1]
+    distance = margin(net(x), y) / w.norm()
+    rule = {"steps": 150, "rounds": 8, "lr": 0.02, "confidence": 0.01, "bounds": WIDE}
+    x_adv = distortion_search(net, x, y, update=update, **rule)
+    found = (x_adv - x).norm(dim=1)
+    assert torch.all(margin(net(x_adv), y) < 0)
+    slack = 1.03 if update == "adam" else 2.0  # a sign is no gradient
+    assert torch.all(found >= distance)
+    assert torch.all(found < slack * distance + 0.01)
+
+
+def test_what_is_not_verified_does_not_count():
+    net, x = affine(2, 5), inputs(6, 5)
+    y = net(x).argmax(dim=1)
+    stubborn = lambda x: nn.functional.one_hot(y, 2).to(x)  # noqa: E731
+    seen = []
+    rule = {"steps": 40, "rounds": 3, "bounds": WIDE}
+    x_adv = distortion_search(
+        net, x, y, verify=stubborn, observe=lambda _, s: seen.append(s), **rule
+    )
+    assert torch.equal(x_adv, x)
+    assert seen[-1]["unverified"].max() < math.inf
+    assert seen[-1]["verified"].min() == math.inf
+    assert [float(s["weight"][0]) for s in seen[::40]] == [1, 10, 100]
+    half = lambda x: net(x) + 0.5 * nn.functional.one_hot(y, 2)  # noqa: E731
+    x_adv = distortion_search(net, x, y, verify=half, confidence=1.0, **rule)
+    m = margin(net(x_adv), y)
+    assert torch.all(m < -0.5), "the surer of two candidates stands where the nearest fails"
+
+
+def test_weights_are_bisected_between_failure_and_success():
+    net, x = affine(2, 5), inputs(3, 5)
+    y, seen = net(x).argmax(dim=1), []
+    distortion_search(
+        net, x, y, steps=30, rounds=6, bounds=WIDE, observe=lambda _, s: seen.append(s)
+    )
+    weights = np.stack([s["weight"].numpy() for s in seen[::30]])
+    for column in weights.T:
+        k = next(i for i in range(1, 6) if column[i] < 10 * column[i - 1])
+        assert column[k] == pytest.approx((column[k - 1] + (column[k - 2] if k > 1 else 0)) / 2)
+    found = [s["unverified"] for s in seen]
+    assert all(torch.all(b <= a) for a, b in pairwise(found))
+
+
+def test_the_search_turns_a_network_at_about_the_distance_of_pgd(digits):
+    model, x, y = digits
+    right = model(x).argmax(dim=1) == y
+    x, y = x[right][:20], y[right][:20]
+    x_adv = distortion_search(model, x, y, steps=60, rounds=6, weight=0.1, confidence=0.1)
+    far = (x_adv - x).flatten(1).norm(dim=1)
+    assert torch.all(model(x_adv).argmax(dim=1) != y)
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    inside = [
+        pgd(model, x[i : i + 1], y[i : i + 1], eps=0.8 * float(far[i]), norm="l2", loss="margin")
+        for i in range(20)
+    ]
+    assert (model(torch.cat(inside)).argmax(dim=1) != y).sum() <= 3
+
+
+def test_the_walk_goes_straight_and_is_bisected():
+    goals = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.9]], dtype=torch.float64)
+    net = affine(3, 2, weight=2 * goals, bias=-goals.square().sum(dim=1))  # the nearest goal
+    x, y = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64), torch.tensor([0, 1])
+    seen = []
+    explain = lambda p: (net(p), goals.expand(len(p), 3, 2))  # noqa: E731
+    rule = {"explain": explain, "eta": 0.1, "every": 4, "growth": 2.0}
+    x_adv = latent_walk(net, x, y, steps=9, halvings=0, observe=lambda _, s: seen.append(s), **rule)
+    shares = [float(s["eta"]) for s in seen]
+    assert np.allclose(shares, ([0.1] * 4 + [0.2] * 4 + [0.4])[: len(shares)])
+    left = np.cumprod([1, *(1 - np.array(shares))])
+    for i, goal in ((0, goals[2]), (1, goals[2])):
+        path = [s["x_adv"][i] for s in seen]
+        for point, share in zip(path, left, strict=False):
+            straight = goal + share * (x[i] - goal)
+            assert torch.allclose(point, straight) or margin(net(point[None]), y[i : i + 1]) < 0
+        assert margin(net(path[-2][None]), y[i : i + 1]) > 0
+    assert torch.equal(x_adv, seen[-1]["x_adv"])
+    near = latent_walk(net, x, y, steps=9, halvings=10, **rule)
+    assert torch.all(net(near).argmax(dim=1) != y)
+    share = (near - x).norm(dim=1) / (x_adv - x).norm(dim=1)
+    back = x + (share - 2**-10)[:, None] * (x_adv - x)
+    assert torch.all(net(back).argmax(dim=1) == y), "a step less and the label is back"
+
+
+def test_a_walk_that_never_arrives_returns_the_input():
+    net, x = affine(2, 4), inputs(3, 4)
+    y = net(x).argmax(dim=1)
+    stay = latent_walk(net, x, y, explain=lambda p: (net(p), p[:, None].expand(-1, 2, -1)), steps=3)
+    assert torch.equal(stay, x)
+    assert stay.data_ptr() != x.data_ptr()
+
+
+def test_only_the_image_itself_decides(scene):
+    """Gradients of a batch are those of its samples alone."""
+    world, z, x, v = scene
+    both = implicit_gradient(world.inner, z, x, v, tolerance=1e-12).gradient
+    alone = torch.cat(
+        [
+            implicit_gradient(world.inner, *(t[i : i + 1] for t in (z, x, v)), tolerance=1e-12)[0]
+            for i in range(2)
+        ]
+    )
+    assert torch.allclose(both, alone, atol=1e-10)
+
+
+X, Y, NET = inputs(2, 4), torch.tensor([0, 1]), affine(2, 4)
+FLAT = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: unroll(FLAT, X, X, steps=-1, step_size=0.1), ValueError),
+        (lambda: unroll(FLAT, X, X, steps=1, step_size=0.0), ValueError),
+        (lambda: neumann_gradient(FLAT, X, X, X, steps=1, step_size=-1.0), ValueError),
+        (lambda: neumann_gradient(FLAT, X, X, X[:1], steps=1, step_size=0.1), ValueError),
+        (lambda: implicit_gradient(FLAT, X, X, X[:, :2]), ValueError),
+        (lambda: implicit_gradient(FLAT, X, X, X, iterations=0), ValueError),
+        (lambda: implicit_gradient(FLAT, X, X, X, tolerance=-1.0), ValueError),
+        (lambda: backtracking(NET, FLAT, FLAT, steps=-1), ValueError),
+        (lambda: backtracking(NET, FLAT, FLAT, step_size=0), ValueError),
+        (lambda: backtracking(NET, FLAT, FLAT, memory="none"), ValueError),
+        (lambda: implicit(NET, FLAT, FLAT, iterations=0), ValueError),
+        (lambda: implicit(NET, FLAT, FLAT, damping=-1.0), ValueError),
+        (lambda: nes(NET, samples=3, sigma=0.0), ValueError),
+        (lambda: nes(NET, samples=3), ValueError),
+        (lambda: nes(NET, seed=-1), ValueError),
+        (lambda: nes_gradient(FLAT, X, samples=5), ValueError),
+        (lambda: nes_gradient(FLAT, X, samples=2.0), TypeError),
+        (lambda: distortion_search(NET, X, Y, update="up"), ValueError),
+        (lambda: distortion_search(NET, X, Y, weight=0), ValueError),
+        (lambda: distortion_search(NET, X, Y, confidence=-1.0), ValueError),
+        (lambda: distortion_search(NET, X, Y, rounds=0), ValueError),
+        (lambda: latent_walk(NET, X, Y, explain=NET, eta=1.5), ValueError),
+        (lambda: latent_walk(NET, X, Y, explain=NET, growth=0.5), ValueError),
+        (lambda: latent_walk(NET, X, Y, explain=NET, halvings=-1), ValueError),
+    ],
+)
+def test_bad_settings_are_refused(call, error):
+    with pytest.raises(error):
+        call()
