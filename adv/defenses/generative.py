@@ -18,7 +18,7 @@ do not depend on the batch it is in.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -229,7 +229,7 @@ class AnalysisBySynthesis(nn.Module):
 
     def __init__(
         self,
-        decoders: Sequence[Decoder],
+        decoders: Sequence[Decoder] | nn.ModuleList,
         *,
         beta: float = 1.0,
         draws: int = 8000,
@@ -248,10 +248,10 @@ class AnalysisBySynthesis(nn.Module):
         numbers = {"beta": beta, "lr": lr, "radius": radius, "scale": scale, "offset": offset}
         for name, value in numbers.items():
             check_number(name, value)
-        self.classes, self.latent = len(decoders), decoders[0].latent
+        self.classes, self.latent = len(decoders), int(cast(Decoder, decoders[0]).latent)
         self.beta, self.draws, self.steps, self.lr = beta, draws, steps, lr
         self.radius, self.scale, self.offset, self.seed = radius, scale, offset, seed
-        self._stack([_Decode(decoder) for decoder in decoders])
+        self._stack([_Decode(cast(Decoder, decoder)) for decoder in decoders])
         self.eval()
         self._draw()
 

@@ -7,7 +7,8 @@ of two networks and has a loop of its own, ``fit_wgan``. The networks are in ``l
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from tqdm import tqdm
 
 from adv.attacks.common import check_count, generator
 from adv.lab.data import Split
-from adv.lab.models import VAE, WGAN
+from adv.lab.models import VAE, WGAN, VAEs
 from adv.lab.training import DivergenceError, Loss
 
 __all__ = [
     "Game",
     "VAEManifold",
+    "class_elbo",
     "divergence",
     "elbo",
     "evidence",
@@ -79,6 +81,37 @@ def elbo(variance: float = 0.01, targets: Float[Tensor, "N C H W"] | None = None
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         misfit = _misfit(vae.decode(z, told), wanted, variance)
         return (misfit + divergence(mean, log_variance)).mean()
+
+    return loss
+
+
+def class_elbo(variance: float = 0.01) -> Loss:
+    r"""The loss of ``elbo`` for ``VAEs``: each image is seen by the model of its class alone.
+
+    Args:
+        variance: $s^2$ of a pixel given $z$; analysis by synthesis with $\beta$ uses decoders
+            trained with $s^2=\beta/2$, which makes its losses $2s^2$ times these bounds.
+
+    Returns:
+        The loss ``(model, x, y) -> scalar``, a mean over the images.
+
+    Raises:
+        ValueError: a variance that isn't positive.
+
+    Source: Schott et al. (2019), section 3; chapter ``generative``.
+    """
+    one = elbo(variance)
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if not isinstance(model, VAEs):
+            raise TypeError(f"class_elbo trains VAEs, not a {type(model).__name__}")
+        own = [y == c for c in range(len(model.parts))]
+        sums = [
+            one(part, x[mine], y[mine]) * mine.sum()
+            for part, mine in zip(model.parts, own, strict=True)
+            if mine.any()
+        ]
+        return torch.stack(sums).sum() / len(x)
 
     return loss
 
@@ -245,6 +278,7 @@ def fit_wgan(
     critic_steps: int = 5,
     weight: float = 10.0,
     seed: int = 0,
+    checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> Game:
     r"""Train generator and critic against each other, and leave both in evaluation mode.
@@ -263,6 +297,9 @@ def fit_wgan(
         critic_steps: steps of the critic for each of the generator.
         weight: of the gradient penalty.
         seed: of the order and the latent vectors. The initial weights are the caller's.
+        checkpoint: file written after each epoch, and resumed from where it exists; a training that
+            was killed ends with the same weights as one that was not. It holds no settings: it is
+            the caller's to give each training its own.
         progress: show a bar on stderr.
 
     Returns:
@@ -285,8 +322,11 @@ def fit_wgan(
         for part in ("critic", "generator")
     }
     hide: dict[str, bool] = {} if progress else {"disable": True}
-    with tqdm(total=epochs, **hide) as bar:
-        for epoch in range(epochs):
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None and file.is_file():
+        game, count = _resume(file, model, players)
+    with tqdm(total=epochs, initial=len(game.distance), **hide) as bar:
+        for epoch in range(len(game.distance), epochs):
             for player in players.values():
                 player.param_groups[0]["lr"] = lr * (1 - epoch / epochs)
             draws = generator(seed, epoch)
@@ -302,6 +342,8 @@ def fit_wgan(
                 raise DivergenceError(f"the game diverged: distance {distance}, penalty {penalty}")
             game.distance.append(distance)
             game.penalty.append(penalty)
+            if file is not None:
+                _save(file, model, players, game, count)
             bar.update()
     for player in players.values():
         player.zero_grad(set_to_none=True)
@@ -335,6 +377,32 @@ def _generate(
     player.zero_grad(set_to_none=True)
     (-model.judge(model.decode(_latent(model, count, draws))).mean()).backward()
     player.step()
+
+
+def _save(
+    file: Path,
+    model: WGAN,
+    players: Mapping[str, torch.optim.Optimizer],
+    game: Game,
+    count: int,
+) -> None:
+    state = {"model": model.state_dict(), "game": asdict(game), "count": count}
+    state |= {name: player.state_dict() for name, player in players.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.part")
+    torch.save(state, partial)
+    partial.replace(file)
+
+
+def _resume(
+    file: Path, model: WGAN, players: Mapping[str, torch.optim.Optimizer]
+) -> tuple[Game, int]:
+    """Weights, momenta and the count of batches that ``_save`` kept."""
+    state = torch.load(file, map_location=next(model.parameters()).device, weights_only=True)
+    model.load_state_dict(state["model"])
+    for name, player in players.items():
+        player.load_state_dict(state[name])
+    return Game(**state["game"]), state["count"]
 
 
 def _latent(model: WGAN, count: int, draws: torch.Generator) -> Tensor:

@@ -16,7 +16,11 @@ Classifiers return (B, K) logits; the others, from ``Autoencoder`` on, images.
 | autoencoder | ``Autoencoder`` 784-256-32-256-784 | 1x28x28 | 419,120 |
 | colorization | ``Colorization`` | 1xHxW | 54,930 |
 | vae | ``VAE`` 64-128-8-128-64 | 1x8x8 | 19,792 |
+| abs-vae | ``ABSVAE`` | 1x28x28 | 85,361 |
+| dc-vae | ``DCVAE`` | 1x28x28 | 23,217,297 |
+| vaes | ``VAEs``, one of the last three for each class | | |
 | wgan | ``WGAN`` 12-128-128-64 and critic | 1x8x8 | 51,393 |
+| dc-gan | ``DCGAN`` | 1x28x28 | 24,722,690 |
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
+    "ABSVAE",
+    "DCGAN",
+    "DCVAE",
     "MLP",
     "VAE",
     "WGAN",
@@ -42,6 +49,7 @@ __all__ = [
     "NetworkInNetwork",
     "Normalize",
     "ResNet32",
+    "VAEs",
     "build",
     "initialize",
     "join_color",
@@ -513,6 +521,144 @@ class VAE(nn.Module):
         return torch.cat([features, F.one_hot(y, self.classes).to(features.dtype)], dim=1)
 
 
+class ABSVAE(VAE):
+    """The VAE of one class in the released code of analysis by synthesis, for 28x28 images.
+
+    | part | layers, each but the last with batch normalization and ELU | sides |
+    |---|---|---|
+    | encoder | conv 32@5x5; 32@4x4, stride 2; 64@3x3, stride 2; 2 latent@5x5 | 28, 24, 11, 5, 1 |
+    | decoder | transposed 32@4x4; 16@5x5, stride 2; 16@5x5, stride 2; 1@4x4 | 1, 4, 11, 25, 28 |
+
+    Args:
+        latent: size of $z$.
+
+    Source: Schott et al. (2019), released code.
+    """
+
+    def __init__(self, latent: int = 8) -> None:
+        super().__init__((1, 28, 28), latent, hidden=())
+        maps, kernels, strides = (1, 32, 32, 64, 2 * latent), (5, 4, 3, 5), (1, 2, 2, 1)
+        down = [
+            nn.Conv2d(a, b, size, stride)
+            for (a, b), size, stride in zip(pairwise(maps), kernels, strides, strict=True)
+        ]
+        maps, kernels = (latent, 32, 16, 16, 1), (4, 5, 5, 4)
+        up = [
+            nn.ConvTranspose2d(a, b, size, stride)
+            for (a, b), size, stride in zip(pairwise(maps), kernels, strides, strict=True)
+        ]
+        self.add_module("features", nn.Sequential(*_normalized(down, nn.ELU), nn.Flatten()))
+        self.add_module("head", nn.Identity())
+        self.add_module("tail", nn.Unflatten(1, (latent, 1, 1)))
+        self.add_module("paint", nn.Sequential(*_normalized(up, nn.ELU)))
+
+
+class DCVAE(VAE):
+    """The encoder and decoder of Tables 1 and 2 of Chen, Xie and Zhu, as a VAE.
+
+    | encoder | sides | decoder | sides |
+    |---|---|---|---|
+    | conv 256@4x4, stride 2, pad 1 | 32 to 16 | transposed 1024@4x4 | 1 to 4 |
+    | conv 512@4x4, stride 2, pad 1 | 16 to 8 | transposed 512@4x4, stride 2, pad 1 | 4 to 8 |
+    | conv 1024@4x4, stride 2, pad 1 | 8 to 4 | transposed 256@4x4, stride 2, pad 1 | 8 to 16 |
+    | conv 128@4x4 | 4 to 1 | transposed C@4x4, stride 2, pad 1 | 16 to 32 |
+    | dense 2 latent | | sigmoid | |
+
+    Leaky ReLUs (0.2) follow the encoder's convolutions, batch normalization and ReLU the decoder's
+    but the last. Where an image is smaller than 32x32, the encoder pads it with zeros and the
+    decoder's output is cut. The paper's tanh, moved to [0, 1], is a sigmoid with the last layer's
+    weights doubled; its table has one number in place of mean and variance.
+
+    Args:
+        shape: (C, H, W) of an image, even sides of at most 32.
+        latent: size of $z$, which the paper does not give.
+        widths: maps of the first three convolutions, reversed for the decoder.
+        code: maps of the encoder's fourth convolution.
+
+    Source: "On Breaking Deep Generative Model-based Defenses", Tables 1 and 2.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (1, 28, 28),
+        latent: int = 8,
+        widths: tuple[int, int, int] = (256, 512, 1024),
+        code: int = 128,
+    ) -> None:
+        super().__init__(shape, latent, hidden=())
+        self.add_module("features", nn.Sequential(*_shrink(shape, widths, code)))
+        self.add_module("head", nn.Linear(code, 2 * latent))
+        self.add_module("tail", nn.Identity())
+        self.add_module("paint", nn.Sequential(*_grow(shape, latent, widths)))
+
+
+def _shrink(shape: Sequence[int], widths: Sequence[int], code: int) -> list[nn.Module]:
+    """Table 1 up to its dense layer: images of ``shape`` to (B, code)."""
+    layers: list[nn.Module] = [nn.ZeroPad2d(_frame(shape))]
+    for before, after in pairwise((shape[0], *widths)):
+        layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    return [*layers, nn.Conv2d(widths[-1], code, 4), nn.LeakyReLU(0.2), nn.Flatten()]
+
+
+def _grow(shape: Sequence[int], latent: int, widths: Sequence[int]) -> list[nn.Module]:
+    """Table 2 up to its last function: (B, latent) to images of ``shape``."""
+    up: list[nn.Module] = [nn.ConvTranspose2d(latent, widths[-1], 4)]
+    up += [
+        nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)
+        for before, after in pairwise((*reversed(widths), shape[0]))
+    ]
+    left, right, top, bottom = _frame(shape)
+    cut = nn.ZeroPad2d((-left, -right, -top, -bottom))
+    return [nn.Unflatten(1, (latent, 1, 1)), *_normalized(up, nn.ReLU), cut]
+
+
+def _frame(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """What is missing to 32x32 at the left, right, top and bottom."""
+    height, width = shape[1:]
+    if max(height, width) > 32 or height % 2 or width % 2:
+        raise ValueError(f"images have even sides of at most 32, not {height}x{width}")
+    rows, columns = (32 - height) // 2, (32 - width) // 2
+    return columns, columns, rows, rows
+
+
+def _normalized(
+    convolutions: Sequence[nn.Module], activation: Callable[[], nn.Module]
+) -> list[nn.Module]:
+    """Batch normalization and an activation after all but the last."""
+    layers = [
+        layer
+        for convolution in convolutions[:-1]
+        for layer in (convolution, nn.BatchNorm2d(convolution.out_channels), activation())  # type: ignore[arg-type]
+    ]
+    return [*layers, convolutions[-1]]
+
+
+class VAEs(nn.Module):
+    """A variational autoencoder for each class, of one architecture: analysis by synthesis.
+
+    ``parts[c]`` is that of class c. Each is trained on images of its class alone
+    (``lab.generative.class_elbo``).
+
+    Args:
+        classes: how many.
+        kind: name of their architecture for ``build``: ``"vae"``, ``"abs-vae"``, ``"dc-vae"``.
+        settings: of each.
+
+    Source: Schott et al. (2019), section 3; chapter ``generative``.
+    """
+
+    def __init__(self, classes: int = 10, kind: str = "vae", **settings: Any) -> None:
+        super().__init__()
+        parts = [build(kind, **settings) for _ in range(classes)]
+        if not all(isinstance(part, VAE) and not part.classes for part in parts):
+            raise ValueError(f"kind={kind!r} must be a VAE that isn't told the class")
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K C H W"]:
+        """Every class's reconstruction of each image."""
+        return torch.stack([part(x) for part in self.parts], dim=1)
+
+
 class WGAN(nn.Module):
     r"""Wasserstein generative adversarial network: a generator and its critic.
 
@@ -556,6 +702,32 @@ class WGAN(nn.Module):
     def forward(self, z: Float[Tensor, "B latent"]) -> Float[Tensor, "B C H W"]:
         """As ``decode``."""
         return self.decode(z)
+
+
+class DCGAN(WGAN):
+    """The generator and critic of Tables 1 and 2 of Chen, Xie and Zhu: those of ``DCVAE``.
+
+    The critic ends in one number.
+
+    Args:
+        shape: (C, H, W) of an image, even sides of at most 32.
+        latent: size of $z$, which the paper does not give.
+        widths: maps of the critic's first three convolutions, reversed for the generator.
+        code: maps of the critic's fourth convolution.
+
+    Source: "On Breaking Deep Generative Model-based Defenses", Tables 1 and 2.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (1, 28, 28),
+        latent: int = 100,
+        widths: tuple[int, int, int] = (256, 512, 1024),
+        code: int = 128,
+    ) -> None:
+        super().__init__(shape, latent, hidden=())
+        self.add_module("generator", nn.Sequential(*_grow(shape, latent, widths), nn.Flatten()))
+        self.add_module("critic", nn.Sequential(*_shrink(shape, widths, code), nn.Linear(code, 1)))
 
 
 class Colorization(nn.Module):
@@ -782,5 +954,9 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "autoencoder": Autoencoder,
     "colorization": Colorization,
     "vae": VAE,
+    "abs-vae": ABSVAE,
+    "dc-vae": DCVAE,
+    "vaes": VAEs,
     "wgan": WGAN,
+    "dc-gan": DCGAN,
 }

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adv.lab
+from adv.defenses.generative import AnalysisBySynthesis
 from adv.lab import data, models
 from adv.lab.evaluation import accuracy, psnr, robust_accuracy
 from adv.lab.generative import elbo, fit_wgan, with_manifold
@@ -65,6 +66,8 @@ class Entry:
         attack: ``name`` such as ``"gradient.pgd"`` (in ``adv.attacks``), ``eps``, ``norm`` and
             settings, under which the robust accuracy is stated; ``samples`` limits the test images.
             Empty for a network that does not classify, which then has no accuracies.
+        defense: for the ``VAEs`` of analysis by synthesis: the settings with which
+            ``defenses.generative.AnalysisBySynthesis`` classifies by them, for the clean accuracy.
         seed: of the initial weights and of the training.
         cached: weights too large for the package, which live in the user's cache once trained.
         record: written by ``store``: ``command``, ``sha256``, ``parameters``, ``clean``, ``robust``
@@ -79,6 +82,7 @@ class Entry:
     loss: Mapping[str, Any] = field(default_factory=dict)
     task: str = ""
     attack: Mapping[str, Any] = field(default_factory=dict)
+    defense: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     cached: bool = False
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -302,6 +306,9 @@ def _make(wanted: Entry, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
 def _worth(wanted: Entry, model: nn.Module, test: data.Split) -> dict[str, float]:
     if wanted.task:
         return {"psnr": round(_score(wanted.task)(model, test.x, test.y), 4)}
+    if isinstance(model, models.VAEs):
+        whole = AnalysisBySynthesis(model.parts, **wanted.defense)
+        return {"clean": accuracy(whole, test.x, test.y)}
     if not wanted.attack:
         return {}
     settings = dict(wanted.attack)
