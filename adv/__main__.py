@@ -1,4 +1,4 @@
-"""The command line: ``adv info``, ``adv data``, ``adv train``, ``adv evaluate``.
+"""The command line: ``adv info``, ``data``, ``train``, ``evaluate``, ``annotate``.
 
 Exit codes: 0 done, 1 something is missing or does not fit, 2 a wrong argument.
 """
@@ -9,8 +9,9 @@ import json
 import platform
 import sys
 import warnings
+import webbrowser
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 import adv.lab
 from adv.attacks.boundary import deepfool
+from adv.attacks.confidence import high_confidence
 from adv.attacks.gradient import fgsm, pgd
-from adv.lab import data, evaluation, zoo
+from adv.lab import annotate, data, evaluation, zoo
 
 app = typer.Typer(
     help="Adversarial examples, derived, implemented and checked.",
@@ -32,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+# Whose images ``annotate`` asks about, if nothing else is said.
+JUDGED = ("digits/cnn", "digits/cnn-at", "digits/cnn-vat")
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas")
 
 
@@ -159,6 +163,70 @@ def evaluate(
             "backward_passes": counts.backward,
         }
     typer.echo(json.dumps(result, indent=2) if as_json else _table(result))
+
+
+@app.command("annotate")
+def ask(
+    store: Annotated[Path, typer.Argument(help="SQLite file of images and answers.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Images to ask about (.npz of annotate.Collection).")
+    ] = None,
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="Network of the zoo whose images to ask about; may be repeated."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="First test images attacked on each.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the images.")] = 0,
+    table: Annotated[bool, typer.Option("--table", help="Show the shares and end.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write the answers here and end.")] = None,
+    port: Annotated[int, typer.Option(help="Port of the page; 0 for a free one.")] = 8015,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+) -> None:
+    """Ask people which digit adversarial images show: a page for this machine's browsers.
+
+    A STORE that exists goes on; a new one gets the images, by default of digits that an attack
+    carried to the nearest class, with the confidence that the network had before.
+    """
+    with _friendly():
+        study = _study(store, images, network or [], samples, seed, new=not (table or csv))
+        if csv is not None:
+            csv.write_text(study.csv(), encoding="utf-8")
+        if table:
+            rows = study.table().round(1)
+            typer.echo(rows.to_string() if len(rows) else "no answers yet")
+        if table or csv is not None:
+            return
+        with annotate.serve(study, port=port) as server:
+            address = f"http://127.0.0.1:{server.server_port}/"
+            typer.echo(f"{study.total} images in {study.forms} forms at {address} (Ctrl+C ends)")
+            if browser:
+                webbrowser.open(address)
+            with suppress(KeyboardInterrupt):
+                server.serve_forever()
+
+
+def _study(
+    store: Path, images: Path | None, networks: list[str], samples: int, seed: int, *, new: bool
+) -> annotate.Study:
+    """The study of a file, or a new one in its place."""
+    if images is not None and networks:
+        raise typer.BadParameter("--images brings its own networks; leave --network out")
+    if store.exists() or not new:
+        if images is not None or networks:
+            raise typer.BadParameter(f"{store} has its images already; give another name")
+        return annotate.Study(store)
+    if images is not None:
+        return annotate.Study.create(store, annotate.Collection.load(images), seed=seed)
+    names = networks or list(JUDGED)
+    for name in names:
+        _known(name, zoo.names(), "network")
+    (source, *others) = {zoo.entry(name).data for name in names}
+    if others:
+        raise typer.BadParameter("the networks must be of one data set")
+    test = data.load(source).test.take(samples)
+    loaded = {name: zoo.load(name) for name in names}
+    found = annotate.collect(loaded, test.x, test.y, high_confidence, confidence=None)
+    return annotate.Study.create(store, found, seed=seed)
 
 
 # -------------------------------------------------------------------------------------- measuring
