@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "adv.lab.models": (),
     "adv.lab.annotate": (*METHODS, "adv.lab"),
     "adv.lab.committee": (*METHODS, "adv.lab"),
+    "adv.lab.duel": (*METHODS, "adv.lab"),
     "adv.lab.evaluation": (*METHODS, "adv.lab"),
     "adv.lab.generative": (*METHODS, "adv.lab"),
     "adv.lab.peers": (*METHODS, "adv.lab"),

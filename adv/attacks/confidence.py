@@ -284,9 +284,9 @@ def _log_confidence(
         raise ValueError(
             f"confidence is a number or of shape ({len(x)},), not {tuple(confidence.shape)}"
         )
-    if not bool(((confidence > 0) & (confidence <= 1)).all()):
+    if not bool(((confidence > 0) & (confidence <= 1 + TOLERANCE)).all()):
         raise ValueError("confidence lies in (0, 1]: a probability that the target is to reach")
-    return confidence.detach().to(x.dtype).log()
+    return confidence.detach().to(x.dtype).log().clamp_max(0.0)
 
 
 def _limit(max_step: float | None) -> float:

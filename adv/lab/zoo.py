@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import adv.lab
 from adv.defenses.generative import AnalysisBySynthesis
 from adv.lab import data, models
+from adv.lab.duel import fit_critic, new_critic
 from adv.lab.evaluation import accuracy, psnr, robust_accuracy
 from adv.lab.generative import elbo, fit_wgan, with_manifold
 from adv.lab.training import Loss, Score, colorization, cross_entropy, fit, reconstruction
@@ -66,6 +67,8 @@ class Entry:
         attack: ``name`` such as ``"gradient.pgd"`` (in ``adv.attacks``), ``eps``, ``norm`` and
             settings, under which the robust accuracy is stated; ``samples`` limits the test images.
             Empty for a network that does not classify, which then has no accuracies.
+        critic: settings of ``defenses.critic.Critic``; with them the network is trained against an
+            adversary critic, by ``lab.duel.fit_critic``, to which ``training`` then belongs.
         defense: for the ``VAEs`` of analysis by synthesis: the settings with which
             ``defenses.generative.AnalysisBySynthesis`` classifies by them, for the clean accuracy.
         seed: of the initial weights and of the training.
@@ -82,6 +85,7 @@ class Entry:
     loss: Mapping[str, Any] = field(default_factory=dict)
     task: str = ""
     attack: Mapping[str, Any] = field(default_factory=dict)
+    critic: Mapping[str, Any] = field(default_factory=dict)
     defense: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     cached: bool = False
@@ -287,6 +291,9 @@ def _make(wanted: Entry, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
     if isinstance(model, models.WGAN):
         game = fit_wgan(model, source.train, **common, **settings)
         worth["distance"] = round(game.distance[-1], 4)
+    elif wanted.critic:
+        rival = new_critic(wanted.seed, **wanted.critic)
+        fit_critic(model, rival, source.train, **common, **settings)
     else:
         score = _score(wanted.task)
         fit(model, source.train, val=val, score=score, loss=_loss(wanted), **common, **settings)

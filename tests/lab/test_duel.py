@@ -1,0 +1,188 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from adv.attacks.confidence import nearest_class, unrolled
+from adv.defenses.critic import RunningConfidence, critic_loss, cycle_loss, slope_penalty
+from adv.lab.data import Split
+from adv.lab.duel import Duel, fit_critic, new_critic
+from adv.lab.training import DivergenceError
+
+SIZES = (6, 8, 3)
+QUICK = {"batch_size": 10, "pretrain": 5, "lr": 0.01, "critic_lr": 0.01, "progress": False}
+
+
+def classifier(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def blobs(count=60):
+    """Three easy classes in six dimensions."""
+    draws = torch.Generator().manual_seed(0)
+    y = torch.arange(count) % 3
+    x = 0.5 + 0.3 * nn.functional.one_hot(y, 6) + 0.05 * torch.randn(count, 6, generator=draws)
+    return Split(x.view(-1, 1, 2, 3).clamp(0, 1), y)
+
+
+def weights(*parts):
+    return torch.cat([p.detach().flatten() for part in parts for p in part.parameters()])
+
+
+def test_one_batch_by_hand():
+    """One image batch, no noise, plain code: the same weights of both players."""
+    split, model, critic = blobs(10), classifier(), new_critic(0, sizes=SIZES, noise=(0.0, 0.0))
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(critic)
+    told = fit_critic(
+        model, critic, split, epochs=1, **QUICK | {"pretrain": 0}, weight=0.7, cycle=0.3, penalty=4
+    )
+
+    x, y = split.x, split.y
+    first = torch.optim.Adam(ours.parameters(), lr=0.01, betas=(0.5, 0.999))
+    second = torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.5, 0.999))
+    said, c = ours(x).argmax(1), RunningConfidence(3)(ours(x))
+    t = nearest_class(ours, x, said)
+    x_adv = unrolled(ours, x, t, confidence=c[t])
+    taken = ours(x_adv).argmax(1)
+    fixed = x_adv.detach()
+    loss = critic_loss(theirs, x, y, fixed, taken)
+    slope = slope_penalty(theirs, x, y) + slope_penalty(theirs, fixed, taken)
+    second.zero_grad()
+    (loss + 4 * slope).backward()
+    second.step()
+    z = theirs(x_adv)[torch.arange(10), taken][taken != said]
+    price = 0.7 * nn.functional.softplus(-z).mean()
+    own = ours(x).softmax(1).amax(1).detach()
+    price = price + 0.3 * cycle_loss(ours, x, said, x_adv, confidence=own, counts=taken != said)
+    first.zero_grad()
+    (nn.functional.cross_entropy(ours(x), y) + price).backward()
+    first.step()
+
+    assert (taken != said).any()
+    assert torch.allclose(weights(model, critic), weights(ours, theirs), atol=1e-5)
+    assert told.critic[0] == pytest.approx(loss.item(), rel=1e-4)
+    assert told.penalty[0] == pytest.approx(slope.item(), rel=1e-4)
+    assert told.success[0] == pytest.approx((taken != said).float().mean().item())
+    assert told.length[0] == pytest.approx(
+        (fixed - x).flatten(1).norm(dim=1).mean().item(), rel=1e-4
+    )
+
+
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path):
+    def run(epochs, file, stop=None):
+        model, critic = classifier(), new_critic(1, sizes=SIZES)
+
+        def kill(epoch, history):
+            if epoch == stop:
+                raise KeyboardInterrupt
+
+        try:
+            told = fit_critic(
+                model, critic, blobs(), epochs=epochs, checkpoint=file, observe=kill, **QUICK
+            )
+        except KeyboardInterrupt:
+            return None
+        return weights(model, critic), told
+
+    whole, told = run(4, tmp_path / "a.pt")
+    assert run(4, tmp_path / "b.pt", stop=2) is None
+    again, resumed = run(4, tmp_path / "b.pt")
+    assert torch.equal(whole, again)
+    assert resumed.loss == told.loss
+    assert len(resumed.seconds) == 4
+    finished, _ = run(4, tmp_path / "b.pt")
+    assert torch.equal(finished, whole), "a finished run is read, not repeated"
+    with pytest.raises(ValueError, match="another run"):
+        run(5, tmp_path / "b.pt")
+    (tmp_path / "c.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        run(4, tmp_path / "c.pt")
+
+
+def test_seeded_and_quiet():
+    runs = []
+    for _ in range(2):
+        model, critic = classifier(), new_critic(1, sizes=SIZES)
+        before = torch.get_rng_state()
+        fit_critic(model, critic, blobs(), epochs=2, **QUICK)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert not model.training
+        assert not critic.training
+        assert all(p.grad is None for p in [*model.parameters(), *critic.parameters()])
+        runs.append(weights(model, critic))
+        torch.rand(3)
+    assert torch.equal(*runs)
+    other = classifier()
+    fit_critic(other, new_critic(1, sizes=SIZES), blobs(), epochs=2, seed=1, **QUICK)
+    assert not torch.equal(runs[0][: len(weights(other))], weights(other))
+
+
+def history(**last):
+    fine = {"accuracy": 0.99, "success": 0.9, "real": 0.7, "made": 0.7, "length": 1.0}
+    names = ("loss", "fooling", "cycle", "confidence", "critic", "penalty", "seconds")
+    values = dict.fromkeys(names, 0.5) | fine
+    return Duel(**{name: [value] + 3 * [last.get(name, value)] for name, value in values.items()})
+
+
+@pytest.mark.parametrize(
+    ("last", "verdict"),
+    [
+        ({}, "in balance"),
+        ({"accuracy": 0.3}, "lost its classes"),
+        ({"success": 0.02}, "masked"),
+        ({"real": 0.99, "made": 0.99}, "everything apart"),
+        ({"real": 0.02, "made": 0.95}, "says the same"),
+        ({"real": 0.95, "made": 0.02}, "says the same"),
+        ({"length": 0.6}, "less and less"),
+    ],
+)
+def test_verdict(last, verdict):
+    assert verdict in history(**last).verdict
+    assert history(**last).verdict.startswith("collapsed") == bool(last)
+
+
+def test_no_verdict_before_the_first_epoch():
+    assert Duel().verdict == "not started"
+
+
+def test_collapse_is_seen_in_training():
+    """Without any lesson the classifier knows no classes."""
+    told = fit_critic(
+        classifier(),
+        new_critic(0, sizes=SIZES),
+        blobs(),
+        epochs=3,
+        **QUICK | {"lr": 1e-9, "pretrain": 0},
+    )
+    assert told.verdict == "collapsed: the classifier has lost its classes"
+
+
+def test_divergence_is_told():
+    with pytest.raises(DivergenceError):
+        fit_critic(
+            classifier(), new_critic(0, sizes=SIZES), blobs(), epochs=30, **QUICK | {"lr": 1e30}
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"epochs": 0}, ValueError),
+        ({"steps": 0}, ValueError),
+        ({"batch_size": 0}, ValueError),
+        ({"halve_every": 0}, ValueError),
+        ({"cycle": -1.0}, ValueError),
+        ({"penalty": -1.0}, ValueError),
+        ({"pretrain": -1}, ValueError),
+        ({"epochs": 1.5}, TypeError),
+    ],
+)
+def test_refuses(wrong, error):
+    with pytest.raises(error):
+        fit_critic(
+            classifier(), new_critic(0, sizes=SIZES), blobs(), **{"epochs": 1} | QUICK | wrong
+        )
+    with pytest.raises(ValueError, match="empty"):
+        fit_critic(classifier(), new_critic(0, sizes=SIZES), blobs()[:0], epochs=1, **QUICK)
