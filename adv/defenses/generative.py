@@ -177,8 +177,12 @@ class DefenseGAN(nn.Module):
         return other
 
     def _starts(self, x: Tensor) -> Float[Tensor, "R B k"]:
-        draws = torch.randn(self.restarts, 1, self.latent, generator=random(self.seed))
-        return (self.spread * draws).to(x).expand(-1, len(x), -1)
+        # A stream for each start, so that more of them contain the fewer.
+        draws = [
+            torch.randn(1, self.latent, generator=random(self.seed, r))
+            for r in range(self.restarts)
+        ]
+        return (self.spread * torch.stack(draws)).to(x).expand(-1, len(x), -1)
 
     def _descend(self, z: Tensor, x: Tensor, steps: int) -> Tensor:
         z, speed = z.clone(), torch.zeros_like(z)
