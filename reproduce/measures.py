@@ -16,8 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adv.attacks.convex import margin_radius
+from adv.attacks.gradient import fgsm
 from adv.geometry import Norm, pixels
 from adv.geometry import norm as length
+from adv.lab.committee import Committee, judge
 from adv.lab.evaluation import CHUNK, accuracy, psnr, rho_adv, success
 from adv.lab.models import VAE
 from reproduce.pairs import partners
@@ -324,6 +326,76 @@ def _short(values: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
+def relative(sample: Sample) -> Named:
+    r"""Relative sizes $\|r\|_p/\|x\|_p$ of minimal perturbations of initially correct images.
+
+    ``rho`` is their mean, ``q1``, ``median`` and ``q3`` are quartiles, ``whisker-lo`` and ``-hi``
+    the smallest and largest within 1.5 interquartile ranges of the quartiles: all over the images
+    that were fooled, whose share is ``found``.
+
+    Source: Matyasko (2020), (3.20), (4.9) and Figure 3.6.
+    """
+    sizes, x = sample.norms(), sample.x[sample.attacked]
+    found = sizes < math.inf
+    rho = (sizes[found] / length(x[found], sample.norm)).double()
+    q1, median, q3 = torch.quantile(rho, rho.new_tensor([0.25, 0.5, 0.75])).tolist()
+    reach = 1.5 * (q3 - q1)
+    return {
+        "rho": float(rho.mean()),
+        "q1": q1,
+        "median": median,
+        "q3": q3,
+        "whisker-lo": float(rho[rho >= q1 - reach].min()),
+        "whisker-hi": float(rho[rho <= q3 + reach].max()),
+        "found": float(found.double().mean()),
+    }
+
+
+def single_step(sample: Sample) -> Named:
+    """Error on FGSM images of all images, clipped to the box (``inside``) and not (``outside``).
+
+    Source: Matyasko (2020), Tables 3.1 and 3.2, whose program does not clip.
+    """
+    (eps,) = sample.eps or ()
+    errors = {}
+    for name, bounds in (("inside", (0.0, 1.0)), ("outside", (-eps, 1 + eps))):
+        points = [
+            fgsm(sample.model, *pair, eps=eps, bounds=bounds)
+            for pair in zip(sample.x.split(CHUNK), sample.y.split(CHUNK), strict=True)
+        ]
+        errors[name] = 1 - accuracy(sample.model, torch.cat(points), sample.y)
+    return errors
+
+
+def judged(sample: Sample) -> Named:
+    """What a committee sees in images that fooled the network, in place of people.
+
+    ``change``: the class that the network takes them for; ``no-change``: the original one;
+    ``rest``; of ``answers`` images. ``change-MEMBER`` is what one member alone says, and
+    ``right-on-clean`` the share of the clean images that the committee names right.
+
+    Source: Matyasko (2020), Table 4.2, which had 10,000 images judged by people.
+    """
+    council: Committee = sample.settings["committee"]
+    y, points = sample.y[sample.attacked], sample.points[0]
+    fooled = success(sample.model, points, y)
+    y, points = y[fooled], points[fooled]
+    target = _outputs(sample.model, points).argmax(dim=1).cpu()
+    verdict = judge(council.answers(points), y.cpu(), target)
+    alone = {
+        f"change-{name}": float((votes == target).double().mean())
+        for name, votes in council.votes(points).items()
+    }
+    return {
+        "answers": float(verdict.answers),
+        "change": verdict.change.value,
+        "no-change": verdict.no_change.value,
+        "rest": verdict.rest.value,
+        "right-on-clean": float((council.answers(sample.x) == sample.y.cpu()).double().mean()),
+        **alone,
+    }
+
+
 @torch.no_grad()
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([model(part) for part in x.split(CHUNK)])
@@ -345,5 +417,8 @@ MEASURES: dict[str, Callable[[Sample], Named]] = {
         pictures,
         kept,
         spectra,
+        relative,
+        single_step,
+        judged,
     )
 }

@@ -202,6 +202,8 @@ class Plan:
         defense = _entry(paper, "defenses", network.defense)
         loss = defense.get("loss") or own.get("loss") or {}
         shown = {"input": own["input"]} if "input" in own else {}
+        if critic := defense.get("critic"):
+            shown |= {"critic": critic}
         if used := self.used(network):
             shown |= {"uses": {used.model: self.recipe(used)}}
         if pairs := defense.get("pairs"):
@@ -212,7 +214,7 @@ class Plan:
                 shown["pairs"]["attack"] = {k: v for k, v in attack if k not in own_of_tests}
         return shown | {
             "data": network.dataset,
-            "model": own["model"],
+            "model": own["model"] | defense.get("model", {}),
             "loss": loss,
             "training": own["training"] | defense.get("training", {}),
             "seed": network.seed,
@@ -233,20 +235,23 @@ class Plan:
                 grid = grid[key] if isinstance(grid, Mapping) else grid
             attack = {key: grid if v == "network" else v for key, v in attack.items()}
         if used := self.used(run):
-            attack["uses"] = {used.model: self.recipe(used)}
+            part = "judges" if "judges" in attack else "uses"
+            attack[part] = {used.model: self.recipe(used)}
         return {"images": own.get("images")} | attack
 
     def used(self, subject: Network | Run) -> Network | None:
         """The other network that a training or an attack uses: of the same data and seed, plain.
 
-        Such as the generative model that an attack moves along, or the encoder that was attacked.
+        Such as the generative model that an attack moves along, the encoder that was attacked, or
+        a member of the committee that ``judges`` what an attack has made.
         """
         network = subject if isinstance(subject, Network) else subject.network
         paper = self.paper(network.paper)
         if isinstance(subject, Network):
             name = _entry(paper, "defenses", network.defense).get("uses")
         else:
-            name = _entry(paper, "attacks", subject.attack).get("uses")
+            attack = _entry(paper, "attacks", subject.attack)
+            name = attack.get("uses") or attack.get("judges")
         return replace(network, model=name, defense="none") if name else None
 
     # --------------------------------------------------------------------------------------- files
@@ -375,6 +380,8 @@ class Plan:
             return names + [f"reproduce.steps.{name}" for name in own]
         recipe = self.recipe(subject)
         names = [f"adv.lab.models._MODELS[{recipe['model']['name']}]"]
+        if "critic" in recipe:
+            return [*names, "adv.lab.duel.fit_critic", "adv.lab.duel.new_critic"]
         names += [f"adv.{recipe['loss']['name']}"] if recipe["loss"] else []
         if "pairs" in recipe:
             call = recipe["pairs"].get("attack", {}).get("call")

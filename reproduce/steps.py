@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adv.lab import data, device, models, peers
+from adv.lab.committee import Committee, assemble
+from adv.lab.duel import Duel, fit_critic, new_critic
 from adv.lab.evaluation import counting, perturb, success
 from adv.lab.generative import VAEManifold, with_manifold
 from adv.lab.training import History, cross_entropy, fit
@@ -58,12 +60,16 @@ def train(plan: Plan, network: Network) -> None:
     # Its name tells apart what fit() can't: a loss is known to it by name only.
     checkpoint = plan.weights(network).with_name(f"checkpoint-{digest(recipe)}.pt")
     val = source.val if recipe["training"].get("best") else None
-    history = _fit(model, images, recipe, loss, checkpoint, val)
+    history = (
+        _duel(model, images, recipe, checkpoint)
+        if "critic" in recipe
+        else _fit(model, images, recipe, loss, checkpoint, val)
+    )
     with replacing(plan.weights(network)) as path:
         tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(tensors, path)
     record = {
-        "values": {"loss": history.loss[-1], "epochs": len(history.loss)},
+        "values": {"loss": history.loss[-1], "epochs": len(history.loss)} | _verdict(history),
         "images": len(images),
         "complete": source.complete,
         "settings": {"training": recipe},
@@ -107,6 +113,19 @@ def _fit(
     return history
 
 
+def _duel(model: nn.Module, train: data.Split, recipe: Settings, checkpoint: Path) -> Duel:
+    """Train against an adversary critic; epochs and batch are those of ``training``."""
+    settings = dict(recipe["critic"])
+    critic = new_critic(recipe["seed"], sizes=settings.pop("sizes"))
+    settings |= {name: recipe["training"][name] for name in ("epochs", "batch_size")}
+    given = {"seed": recipe["seed"], "checkpoint": checkpoint, "progress": sys.stderr.isatty()}
+    return fit_critic(model, critic, train, **settings, **given)
+
+
+def _verdict(history: History | Duel) -> dict[str, str]:
+    return {"verdict": history.verdict} if isinstance(history, Duel) else {}
+
+
 def attack(plan: Plan, run: Run) -> None:
     """Perturb test images of the run's data set and write the points."""
     settings, place = plan.attack(run), device()
@@ -118,7 +137,7 @@ def attack(plan: Plan, run: Run) -> None:
         attacked = success(model, some.x, some.y, targeted=True)
     x, y = some.x[attacked], some.y[attacked]
     grid, seed = radii(settings, x), run.network.seed
-    used = _used(plan, run)
+    used = _used(plan, run) if "uses" in settings else None
     with counting(model) as counts:
         if settings.get("target") == "pair":
             wanted = x[pairs.partners(len(x))]
@@ -297,8 +316,9 @@ def measure(plan: Plan, run: Run) -> None:
         raise ValueError(f"{plan.points(run)} is of other settings or weights; delete it")
     some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
+    told = settings | _committee(plan, run, source)
     sample = Sample(
-        model, some.x, some.y, content["attacked"], content["points"], content["eps"], settings
+        model, some.x, some.y, content["attacked"], content["points"], content["eps"], told
     )
     values: dict[str, Any] = {}
     for name in settings["measures"]:
@@ -362,6 +382,16 @@ def _which(plan: Plan, subject: Network | Run) -> dict[str, str]:
 def _used(plan: Plan, subject: Network | Run) -> nn.Module | None:
     used = plan.used(subject)
     return None if used is None else _network(plan, used)
+
+
+def _committee(plan: Plan, run: Run, source: data.Data) -> dict[str, Committee]:
+    """The judges of an attack that says ``judges``: two of scikit-learn and the network named."""
+    network = _used(plan, run) if "judges" in plan.attack(run) else None
+    return (
+        {}
+        if network is None
+        else {"committee": assemble(source.train, {"robust network": network})}
+    )
 
 
 def _network(plan: Plan, network: Network) -> nn.Module:

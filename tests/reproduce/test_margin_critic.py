@@ -1,0 +1,173 @@
+"""What Tables 3.1 to 4.2 of the thesis need: relative sizes, single steps, critics, judges."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from adv.attacks.gradient import fgsm
+from adv.lab import committee, data, models
+from adv.lab.committee import Committee
+from adv.lab.duel import fit_critic, new_critic
+from adv.lab.models import MLP
+from reproduce import steps
+from reproduce.files import read
+from reproduce.measures import MEASURES, Sample
+from reproduce.plan import Network, Run
+
+
+def plane(d=4):
+    """Class 1 where the sum of the values is larger than 1."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(d, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([torch.zeros(d), torch.ones(d)]))
+        model[1].bias.copy_(torch.tensor([0.0, -1.0]))
+    return model.requires_grad_(False)
+
+
+def test_relative_sizes_have_numpys_quartiles_and_tukeys_whiskers():
+    x = torch.rand(60, 1, 2, 2, generator=torch.Generator().manual_seed(0)) / 8 + 0.01
+    y = torch.zeros(60, dtype=torch.int64)
+    push = torch.linspace(1.0, 2.0, 60)
+    push[-1] = 12.0  # an outlier, beyond the whisker
+    points = x + ((1 - x.flatten(1).sum(1)) / 4 * push)[:, None, None, None]
+    points[:6] = x[:6]  # not fooled
+    attacked = torch.ones(60, dtype=torch.bool)
+    attacked[10] = False
+    sample = Sample(plane(), x, y, attacked, [points[attacked]], None, {"norm": "l2"})
+    got = MEASURES["relative"](sample)
+    kept = attacked & (points.flatten(1).sum(1) > 1)
+    ratios = ((points - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1))[kept].numpy()
+    q1, median, q3 = np.quantile(ratios, [0.25, 0.5, 0.75])
+    inside = ratios[(ratios >= q1 - 1.5 * (q3 - q1)) & (ratios <= q3 + 1.5 * (q3 - q1))]
+    assert got["found"] == pytest.approx(len(ratios) / 59)
+    assert len(ratios) in (52, 53)
+    assert got["rho"] == pytest.approx(ratios.mean())
+    assert [got["q1"], got["median"], got["q3"]] == pytest.approx([q1, median, q3])
+    assert [got["whisker-lo"], got["whisker-hi"]] == pytest.approx([inside.min(), inside.max()])
+    assert got["whisker-hi"] < ratios.max()
+
+
+def test_single_steps_leave_the_box_or_not():
+    x = torch.tensor([[0.15, 0.15, 0.15, 0.15], [0.9, 0.9, 0.0, 0.0], [0.3, 0.3, 0.3, 0.3]])
+    x, y = x[:, None, None, :], torch.tensor([0, 1, 1])
+    model = plane()
+    given = torch.ones(3, dtype=torch.bool)
+    sample = Sample(model, x, y, given, [x], [0.2], {"norm": "linf"})
+    got = MEASURES["single_step"](sample)
+    # Outside: sums 1.4, 1.0 and 0.4 against the threshold 1 (a tie is no success).
+    # Inside: 1.4, 1.4 (the zeros stay) and 0.4.
+    assert got == {"outside": 1.0, "inside": pytest.approx(2 / 3)}
+
+
+def test_judges_see_what_the_committee_says_of_fooled_images():
+    x = torch.full((5, 1, 2, 2), 0.1)
+    y = torch.zeros(5, dtype=torch.int64)
+    points = torch.full_like(x, 0.4)
+    points[4] = 0.1  # not fooled, and not asked about
+    points[:, 0, 0, 0] += torch.tensor([0.0, 0.1, 0.2, 0.3, 0.0])
+    said = {0.4: 1, 0.5: 1, 0.6: 0, 0.7: 1}
+
+    def first(x):
+        return torch.tensor([said.get(round(float(v), 1), 0) for v in x[:, 0, 0, 0]])
+
+    def last(x):
+        return torch.zeros(len(x), dtype=torch.int64)
+
+    council = Committee({"a": first, "b": last, "c": first})
+    given = {"norm": "l2", "committee": council}
+    sample = Sample(plane(), x, y, torch.ones(5, dtype=torch.bool), [points], None, given)
+    got = MEASURES["judged"](sample)
+    assert (got["answers"], got["change"], got["no-change"], got["rest"]) == (4, 0.75, 0.25, 0)
+    assert (got["change-a"], got["change-b"], got["right-on-clean"]) == (0.75, 0, 1)
+
+
+@pytest.fixture
+def thesis(bench):
+    """A small version of the settings: a dropout variant, a critic, judges."""
+    networks = bench.content["networks"]
+    networks["robust"] = networks["fcnn"] | {
+        "seeds": 1,
+        "loss": {"name": "defenses.adversarial.trades", "eps": 0.1, "steps": 2},
+    }
+    bench.content["defenses"] |= {
+        "dropout": {"model": {"dropout": 0.5}},
+        "critic": {"critic": {"sizes": [64, 16, 10], "weight": 0.5, "halve_every": 2, "steps": 2}},
+    }
+    own = {"call": "confidence.high_confidence", "norm": "l2", "confidence": None, "steps": 50}
+    own |= {"max_step": 0.3, "judges": "robust", "images": 200, "measures": ["relative", "judged"]}
+    bench.content["attacks"]["own"] = own
+    bench.content["tables"]["3"]["columns"] = {"rho1": {"attack": "own", "value": "rho"}}
+    bench.content["tables"]["3"]["rows"] = {
+        name: {"model": "fcnn", "defense": name} for name in ("none", "dropout", "critic")
+    }
+    bench.write()
+    return bench
+
+
+def test_judges_are_trained_first_and_belong_to_the_record(thesis):
+    plan = thesis.plan()
+    run = Run(Network("convex", "digits", "fcnn", "none", 0), "own")
+    judge = Network("convex", "digits", "robust", "none", 0)
+    assert plan.used(run) == judge
+    assert plan.attack(run)["judges"]["robust"]["loss"]["name"] == "defenses.adversarial.trades"
+    tasks = [task.subject for task in plan.tasks([plan.items["convex-3"]])]
+    assert tasks.index(judge) < tasks.index(run)
+    assert "reproduce.steps.perturbed" in plan.versions(run)
+    for network in (judge, run.network):
+        steps.train(plan, network)
+    steps.attack(plan, run)
+    steps.measure(plan, run)
+    values, record = read(plan.record(run))["values"], read(plan.record(run))
+    assert record["used"] == read(plan.record(judge))["weights"]
+    assert plan.fault(run) is None
+    # The same once more, by hand.
+    source = data.load("digits")
+    member = steps._network(plan, judge)
+    council = committee.assemble(source.train, {"robust network": member})
+    points = torch.load(plan.points(run), weights_only=True)
+    some = source.test[torch.arange(200) * 2]
+    y = some.y[points["attacked"]]
+    target = steps._network(plan, run.network)(points["points"][0]).argmax(1)
+    fooled = target != y
+    want = committee.judge(council.answers(points["points"][0][fooled]), y[fooled], target[fooled])
+    assert values["change"] == pytest.approx(want.change.value)
+    assert values["no-change"] == pytest.approx(want.no_change.value)
+    assert values["answers"] == want.answers > 100
+    assert values["change-robust network"] > 0
+    thesis.content["networks"]["robust"]["loss"]["eps"] = 0.2
+    thesis.write()
+    assert "judges.robust" in thesis.plan().fault(run)
+
+
+def test_a_critic_s_classifier_is_that_of_fit_critic(thesis):
+    plan, network = thesis.plan(), Network("convex", "digits", "fcnn", "critic", 1)
+    steps.train(plan, network)
+    record = read(plan.record(network))
+    assert record["settings"]["training"]["critic"]["weight"] == 0.5
+    assert record["values"]["epochs"] == 3
+    assert record["values"]["verdict"]
+    assert {"adv.lab.duel.fit_critic", "adv.lab.duel.new_critic"} <= record["code"].keys()
+    assert not list(plan.weights(network).parent.glob("checkpoint*"))
+    model = models.build("mlp", sizes=[64, 16, 10], seed=1)
+    critic = new_critic(1, sizes=(64, 16, 10))
+    options = {"weight": 0.5, "halve_every": 2, "steps": 2, "epochs": 3, "batch_size": 100}
+    fit_critic(model, critic, data.load("digits").train, seed=1, progress=False, **options)
+    x = data.load("digits").test.x[:20]
+    assert steps._network(plan, network)(x).equal(model(x))
+
+
+def test_a_defense_may_change_the_network(thesis):
+    plan = thesis.plan()
+    plain, dropped = (
+        plan.recipe(Network("convex", "digits", "fcnn", d, 0)) for d in ("none", "dropout")
+    )
+    assert dropped["model"] == plain["model"] | {"dropout": 0.5}
+    network = steps.models.build(**dropped["model"])
+    assert isinstance(network, MLP)
+    assert sum(isinstance(m, nn.Dropout) for m in network.modules()) == 1
+
+
+def test_fgsm_s_own_bounds_are_what_single_step_means():
+    model, x = plane(), torch.full((1, 1, 1, 4), 0.05)
+    assert fgsm(model, x, torch.tensor([1]), eps=0.2, bounds=(-0.2, 1.2)).min() < -0.1
