@@ -375,11 +375,19 @@ class Plan:
                 names.append(f"adv.attacks.{call}")
             if settings.get("target") == "pair":
                 return [*names, "reproduce.pairs.attacked", "reproduce.steps.chosen"]
+            if "defense" in settings:
+                names.append(f"adv.defenses.generative.{settings['defense']['name']}")
+                names += [f"reproduce.defended.{name}" for name in ("built", "adapted")]
+                return [*names, "reproduce.steps.chosen"]
             way = "generated" if "uses" in settings else "perturbed"
             own = ("chosen", "radii", "compared" if call.startswith("peers.") else way)
             return names + [f"reproduce.steps.{name}" for name in own]
         recipe = self.recipe(subject)
         names = [f"adv.lab.models._MODELS[{recipe['model']['name']}]"]
+        if recipe["model"]["name"] in ("wgan", "dc-gan"):
+            return [*names, "adv.lab.generative.fit_wgan"]
+        if recipe["model"]["name"] == "vaes":
+            names.append(f"adv.lab.models._MODELS[{recipe['model'].get('kind', 'vae')}]")
         if "critic" in recipe:
             return [*names, "adv.lab.duel.fit_critic", "adv.lab.duel.new_critic"]
         names += [f"adv.{recipe['loss']['name']}"] if recipe["loss"] else []

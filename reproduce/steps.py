@@ -24,9 +24,9 @@ from adv.lab import data, device, models, peers
 from adv.lab.committee import Committee, assemble
 from adv.lab.duel import Duel, fit_critic, new_critic
 from adv.lab.evaluation import counting, perturb, success
-from adv.lab.generative import VAEManifold, with_manifold
+from adv.lab.generative import VAEManifold, fit_wgan, with_manifold
 from adv.lab.training import History, cross_entropy, fit
-from reproduce import pairs, versions
+from reproduce import defended, pairs, versions
 from reproduce.files import digest, read, replacing, sha256, write_json
 from reproduce.measures import MEASURES, Sample
 from reproduce.origin import provenance
@@ -63,6 +63,8 @@ def train(plan: Plan, network: Network) -> None:
     history = (
         _duel(model, images, recipe, checkpoint)
         if "critic" in recipe
+        else _game(model, images, recipe, checkpoint)
+        if isinstance(model, models.WGAN)
         else _fit(model, images, recipe, loss, checkpoint, val)
     )
     with replacing(plan.weights(network)) as path:
@@ -122,6 +124,13 @@ def _duel(model: nn.Module, train: data.Split, recipe: Settings, checkpoint: Pat
     return fit_critic(model, critic, train, **settings, **given)
 
 
+def _game(model: models.WGAN, train: data.Split, recipe: Settings, checkpoint: Path) -> History:
+    """Train generator and critic; what counts as the loss is the distance between the two laws."""
+    given = {"seed": recipe["seed"], "checkpoint": checkpoint, "progress": sys.stderr.isatty()}
+    game = fit_wgan(model, train, **recipe["training"], **given)
+    return History(loss=game.distance, seconds=game.seconds)
+
+
 def _verdict(history: History | Duel) -> dict[str, str]:
     return {"verdict": history.verdict} if isinstance(history, Duel) else {}
 
@@ -129,7 +138,7 @@ def _verdict(history: History | Duel) -> dict[str, str]:
 def attack(plan: Plan, run: Run) -> None:
     """Perturb test images of the run's data set and write the points."""
     settings, place = plan.attack(run), device()
-    model, source = _network(plan, run.network), data.load(run.network.dataset)
+    model, source = _target(plan, run, 0), data.load(run.network.dataset)
     some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
     attacked = torch.ones(len(some), dtype=torch.bool, device=place)
@@ -290,6 +299,9 @@ def _points(
     used: nn.Module | None = None,
 ) -> list[Tensor]:
     """The points of every radius; ``nested``: only of images that stood all smaller ones."""
+    if "defense" in settings:
+        whole = "call" in settings
+        return [defended.adapted(model, x, y, settings, seed) if whole else x.clone()]
     if used is not None:
         return [generated(model, x, y, eps, settings, seed, used) for eps in (grid or (None,))]
     if settings.get("call", "").startswith("peers."):
@@ -309,7 +321,7 @@ def _points(
 def measure(plan: Plan, run: Run) -> None:
     """Measure the points of a run and write its record."""
     settings, place = plan.attack(run), device()
-    model, source = _network(plan, run.network), data.load(run.network.dataset)
+    model, source = _target(plan, run, defended.MEASURE), data.load(run.network.dataset)
     content = torch.load(plan.points(run), map_location=place, weights_only=True)
     origin = _origin(plan, run)
     if any(content.get(name) != value for name, value in origin.items()):
@@ -392,6 +404,14 @@ def _committee(plan: Plan, run: Run, source: data.Data) -> dict[str, Committee]:
         if network is None
         else {"committee": assemble(source.train, {"robust network": network})}
     )
+
+
+def _target(plan: Plan, run: Run, draws: int) -> nn.Module:
+    """What is attacked: the network, or a defense made of it with draws of its own."""
+    model, settings = _network(plan, run.network), plan.attack(run)
+    if "defense" not in settings:
+        return model
+    return defended.built(model, _used(plan, run), settings, draws + run.network.seed)
 
 
 def _network(plan: Plan, network: Network) -> nn.Module:

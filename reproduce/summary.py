@@ -205,6 +205,9 @@ def _scales(plan: Plan, cell: Cell) -> list[str]:
         whole = "" if record["complete"] else ", not the whole data set"
         epochs = record["settings"]["training"]["training"]["epochs"]
         text = f"{record['dataset']}{whole}: {part} {of:,} test images, trained for {epochs} epochs"
+        if "defense" in (attack := record["settings"]["attack"]):
+            for name, used in attack.get("uses", {}).items():
+                text += f", {name} for {used['training']['epochs']}"
         if pairs := record["settings"]["training"].get("pairs"):
             text += f" on {pairs['count']:,} pairs"
         scales.add(text + ", by older code" * (plan.older(run) is not None))

@@ -87,6 +87,8 @@ class DefenseGAN(nn.Module):
     appendix; chapter ``generative``.
     """
 
+    classifier: nn.Module
+
     def __init__(
         self,
         generator: Decoder,

@@ -6,6 +6,7 @@ of two networks and has a loop of its own, ``fit_wgan``. The networks are in ``l
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -237,10 +238,12 @@ class Game:
         distance: mean of the critic's opinion of real images less that of made ones: its estimate
             of the Wasserstein distance, from below, where its slope is at most 1.
         penalty: mean gradient penalty, without its weight.
+        seconds: wall-clock time.
     """
 
     distance: list[float] = field(default_factory=list)
     penalty: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
 
 def gradient_penalty(
@@ -327,6 +330,7 @@ def fit_wgan(
         game, count = _resume(file, model, players)
     with tqdm(total=epochs, initial=len(game.distance), **hide) as bar:
         for epoch in range(len(game.distance), epochs):
+            start = time.perf_counter()
             for player in players.values():
                 player.param_groups[0]["lr"] = lr * (1 - epoch / epochs)
             draws = generator(seed, epoch)
@@ -342,6 +346,7 @@ def fit_wgan(
                 raise DivergenceError(f"the game diverged: distance {distance}, penalty {penalty}")
             game.distance.append(distance)
             game.penalty.append(penalty)
+            game.seconds.append(time.perf_counter() - start)
             if file is not None:
                 _save(file, model, players, game, count)
             bar.update()

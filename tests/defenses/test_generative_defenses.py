@@ -1,7 +1,5 @@
 """DefenseGAN and analysis by synthesis, against closed forms, a loop and torch's optimizers."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
