@@ -359,6 +359,7 @@ def test_what_is_left_out_is_asked_for_and_a_return_goes_on(visit, study):
     begin(page)
     page.keyboard.type("12x3")  # a letter is refused, and the field waits
     answered(study, 3)
+    expect(page.get_by_text("ann: 3 of 60 images answered so far.")).to_be_visible()
     page.get_by_role("button", name="Next images").click()
     expect(page.get_by_role("status")).to_have_text("22 images have no answer yet.")
     expect(page.get_by_label("Digit in image 4,")).to_be_focused()
