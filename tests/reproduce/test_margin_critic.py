@@ -7,10 +7,11 @@ from torch import nn
 
 from adv.attacks.gradient import fgsm
 from adv.lab import committee, data, models
+from adv.lab.annotate import Collection
 from adv.lab.committee import Committee
 from adv.lab.duel import fit_critic, new_critic
 from adv.lab.models import MLP
-from reproduce import steps
+from reproduce import judging, steps
 from reproduce.files import read
 from reproduce.measures import MEASURES, Sample
 from reproduce.plan import Network, Run
@@ -138,6 +139,22 @@ def test_judges_are_trained_first_and_belong_to_the_record(thesis):
     thesis.content["networks"]["robust"]["loss"]["eps"] = 0.2
     thesis.write()
     assert "judges.robust" in thesis.plan().fault(run)
+
+
+def test_people_get_the_images_of_the_networks_that_are_here(thesis, tmp_path):
+    plan, out = thesis.plan(), tmp_path / "images.npz"
+    with pytest.raises(ValueError, match="no weights"):
+        judging.images(plan, plan.items["convex-3"], 10)
+    run = Run(Network("convex", "digits", "fcnn", "dropout", 0), "own")
+    steps.train(plan, run.network)
+    folders = [f"--{n}={thesis.folder / n}" for n in ("settings", "results", "work")]
+    judging.main(["convex-3", str(out), "--samples", "40", "--datasets=digits", *folders])
+    got, model = Collection.load(out), steps._network(plan, run.network)
+    assert set(got.defense) == {"dropout"}
+    assert (model(got.images).argmax(1) == got.target).double().mean() > 0.95  # rounded to bytes
+    test = data.load("digits").test[torch.arange(40) * 10]
+    right = (model(test.x).argmax(1) == test.y).sum()
+    assert 0.9 * right <= len(got.y) <= right
 
 
 def test_a_critic_s_classifier_is_that_of_fit_critic(thesis):
