@@ -243,7 +243,7 @@ class Game:
 
     distance: list[float] = field(default_factory=list)
     penalty: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list, compare=False)
 
 
 def gradient_penalty(
