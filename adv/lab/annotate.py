@@ -483,8 +483,8 @@ def widget(study: Study, annotator: str) -> Any:
         annotator: who answers.
 
     Returns:
-        An ``ipywidgets.VBox`` to display: a heading, the images each with a field, a line that says
-        what is missing, and a button for the next form.
+        An ``ipywidgets.VBox`` to display, with a heading, the images and a field for each, a button
+        for the next form, and a line that says what is missing.
 
     Raises:
         ImportError: without ipywidgets.
@@ -508,7 +508,13 @@ def widget(study: Study, annotator: str) -> Any:
 
     def field(image: int, png: bytes, answer: str) -> Any:
         picture = kit.Image(value=png, format="png", width="96", height="96")
-        text = kit.Text(value=answer, placeholder="0-9 or ?", layout=kit.Layout(width="96px"))
+        text = kit.Text(
+            value=answer,
+            description=f"{image}:",  # what a screen reader calls the field
+            placeholder="0-9, ?",
+            style={"description_width": "2.2em"},
+            layout=kit.Layout(width="104px"),
+        )
         text.observe(partial(keep, image=image), names="value")
         return kit.VBox([picture, text])
 
