@@ -70,7 +70,7 @@ class Entry:
         critic: settings of ``defenses.critic.Critic``; with them the network is trained against an
             adversary critic, by ``lab.duel.fit_critic``, to which ``training`` then belongs.
         defense: for the ``VAEs`` of analysis by synthesis: the settings with which
-            ``defenses.generative.AnalysisBySynthesis`` classifies by them, for the clean accuracy.
+            ``defenses.generative.AnalysisBySynthesis`` classifies by them, for the accuracies.
         seed: of the initial weights and of the training.
         cached: weights too large for the package, which live in the user's cache once trained.
         record: written by ``store``: ``command``, ``sha256``, ``parameters``, ``clean``, ``robust``
@@ -314,8 +314,7 @@ def _worth(wanted: Entry, model: nn.Module, test: data.Split) -> dict[str, float
     if wanted.task:
         return {"psnr": round(_score(wanted.task)(model, test.x, test.y), 4)}
     if isinstance(model, models.VAEs):
-        whole = AnalysisBySynthesis(model.parts, **wanted.defense)
-        return {"clean": accuracy(whole, test.x, test.y)}
+        model = AnalysisBySynthesis(model.parts, **wanted.defense)
     if not wanted.attack:
         return {}
     settings = dict(wanted.attack)
@@ -352,7 +351,7 @@ def _difference(model: nn.Module, stored: nn.Module) -> float:
 
 @torch.no_grad()
 def _agreement(wanted: Entry, model: nn.Module, stored: nn.Module) -> float | None:
-    if not wanted.attack:
+    if not wanted.attack or wanted.defense:
         return None
     chunks = data.load(wanted.data).test.x.split(1000)
     same = [model(x).argmax(1) == stored(x).argmax(1) for x in chunks]

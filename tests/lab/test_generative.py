@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from adv.lab import data, models
+from adv.lab import data, generative, models
 from adv.lab.data import Split
 from adv.lab.generative import (
+    class_elbo,
     divergence,
     elbo,
     evidence,
@@ -126,7 +127,46 @@ def test_pairs_teach_the_targets():
     assert (made - turned).square().mean() < 0.5 * (made - DIGITS.x).square().mean()
 
 
+def test_each_class_is_learned_by_its_own_model():
+    bank = models.build("vaes", seed=0, latent=3, hidden=(16,))
+    x, y = DIGITS.x[:90], DIGITS.y[:90].clamp(max=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        loss = class_elbo(0.05)(bank, x, y)
+        torch.manual_seed(0)
+        parts = [elbo(0.05)(bank.parts[c], x[y == c], y[y == c]) * (y == c).sum() for c in range(4)]
+    assert torch.allclose(loss, sum(parts) / 90)
+    loss.backward()
+    for c, part in enumerate(bank.parts):
+        assert (part.head.layers[0].weight.grad is None) == (c > 3)
+    fit(bank, DIGITS, loss=class_elbo(0.05), epochs=8, batch_size=100, lr=0.01, progress=False)
+    errors = (bank(DIGITS.x) - DIGITS.x[:, None]).flatten(2).square().sum(2)
+    assert (errors.argmin(1) == DIGITS.y).double().mean() > 0.6
+
+
 # ----------------------------------------------------------------------------- the Wasserstein game
+
+
+def test_a_game_that_was_killed_goes_on(tmp_path):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    settings = {"epochs": 4, "batch_size": 16, "critic_steps": 3, "progress": False}
+    whole, part = (models.build("wgan", hidden=(8,), seed=0) for _ in range(2))
+    expected = fit_wgan(whole, DIGITS.take(100), **settings)
+    file = tmp_path / "folder" / "game.pt"
+    saved = generative._save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            generative, "_save", lambda *given: (saved(*given), given[-1] > 12 and kill())
+        )
+        with pytest.raises(KeyboardInterrupt):
+            fit_wgan(part, DIGITS.take(100), checkpoint=file, **settings)
+    again = models.build("wgan", hidden=(8,), seed=9)
+    game = fit_wgan(again, DIGITS.take(100), checkpoint=file, **settings)
+    assert game == expected
+    assert len(game.seconds) == 4
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))
 
 
 def test_gradient_penalty_of_linear_critics():
@@ -232,6 +272,10 @@ def test_what_is_refused():
         elbo(0.0)
     with pytest.raises(TypeError, match="VAE"):
         elbo()(nn.Identity(), x, y)
+    with pytest.raises(TypeError, match="VAEs"):
+        class_elbo()(vae, x, y)
+    with pytest.raises(ValueError, match="isn't told the class"):
+        models.build("vaes", kind="wgan")
     with pytest.raises(ValueError, match="draws"):
         evidence(vae, x, draws=0)
     with pytest.raises(ValueError, match="empty"):

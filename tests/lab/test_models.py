@@ -63,9 +63,61 @@ COUNTS = {
 }  # fmt: skip
 
 
+def encoder(outputs, channels=1):
+    """Table 1 of Chen, Xie and Zhu, with biases."""
+    sizes = (channels, 256, 512, 1024, 128)
+    return sum((16 * a + 1) * b for a, b in pairwise(sizes)) + 129 * outputs
+
+
+def decoder(latent, channels=1):
+    """Their Table 2: kernels, biases, and two numbers a map of the batch normalization."""
+    kernels = 16384 * latent + 8388608 + 2097152 + 4096 * channels
+    return kernels + (1024 + 512 + 256) * 3 + channels
+
+
+COUNTS |= {
+    "dc-vae": encoder(16) + decoder(8),
+    "dc-gan": encoder(1) + decoder(100),
+    "abs-vae": 26 * 32 + (16 * 32 + 1) * 32 + (9 * 32 + 1) * 64 + (25 * 64 + 1) * 16
+    + 16 * 8 * 32 + 25 * 32 * 16 + 25 * 16 * 16 + 16 * 16 + 32 + 16 + 16 + 1
+    + 2 * (32 + 32 + 64 + 32 + 16 + 16),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name):
     assert parameters(models.build(name)) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", ["abs-vae", "dc-vae"])
+def test_images_go_through_the_sides_of_the_tables(name):
+    settings = {} if name == "abs-vae" else {"widths": (4, 5, 6), "code": 7, "shape": (3, 32, 32)}
+    network = models.build(name, seed=0, **settings)
+    sides = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_hook(lambda _m, _x, made: sides.append(made.shape[-1]))
+    made = network.eval()(torch.rand(2, *network.shape))
+    assert made.shape == (2, *network.shape)
+    assert 0 < made.min() < made.max() < 1
+    wanted = [24, 11, 5, 1, 4, 11, 25, 28] if name == "abs-vae" else [16, 8, 4, 1, 4, 8, 16, 32]
+    assert sides == wanted
+
+
+def test_smaller_images_are_framed_and_cut():
+    """A border of the 32x32 image plays no part: its pixels get no gradient."""
+    network = models.build("dc-gan", seed=0, latent=4, widths=(4, 5, 6), code=7)
+    made = network.eval().decode(noise(2, 4))
+    assert made.shape == (2, 1, 28, 28)
+    inner = network.generator[:-2](noise(2, 4)).sigmoid()
+    assert inner.shape == (2, 1, 32, 32)
+    assert torch.equal(made, inner[:, :, 2:-2, 2:-2])
+    assert network.judge(made).shape == (2,)
+    framed = torch.nn.functional.pad(made, (2, 2, 2, 2))
+    assert torch.equal(network.critic[1:](framed)[:, 0], network.judge(made))
+    for shape in ((1, 27, 28), (1, 34, 34)):
+        with pytest.raises(ValueError, match="even sides"):
+            models.build("dc-gan", shape=shape)
 
 
 def test_the_digits_network_fits_into_300_kilobytes():
