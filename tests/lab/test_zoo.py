@@ -293,7 +293,7 @@ data = "digits"
 model = { name = "vaes", latent = 3, hidden = [16] }
 training = { epochs = 6, batch_size = 100, lr = 0.01 }
 loss = { name = "lab.generative.class_elbo", variance = 0.05 }
-attack = { name = "gradient.fgsm", eps = 0.05 }
+attack = { name = "gradient.fgsm", eps = 0.15 }
 defense = { beta = 0.1, draws = 100, steps = 5 }
 """
     file.write_text(file.read_text() + recipe)
@@ -302,7 +302,7 @@ defense = { beta = 0.1, draws = 100, steps = 5 }
     whole = AnalysisBySynthesis(parts, beta=0.1, draws=100, steps=5)
     share = (whole(test.x).argmax(1) == test.y).double().mean().item()
     assert made["clean"] == pytest.approx(share)
-    assert made["robust"] < made["clean"] - 0.05
+    assert made["robust"] < made["clean"] - 0.1
     assert share > 0.5
 
 
