@@ -34,8 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-# Whose images ``annotate`` asks about, if nothing else is said.
-JUDGED = ("digits/cnn", "digits/cnn-at", "digits/cnn-vat")
+# Whose images ``annotate`` asks about, if nothing else is said: one network, trained in five ways.
+JUDGED = tuple(f"digits/{n}" for n in ("margin-ce", "margin-at", "margin-vat", "margin-l2-1e-1"))
+JUDGED += ("digits/critic",)
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas")
 
 
@@ -225,7 +226,7 @@ def _study(
         raise typer.BadParameter("the networks must be of one data set")
     test = data.load(source).test.take(samples)
     loaded = {name: zoo.load(name) for name in names}
-    found = annotate.collect(loaded, test.x, test.y, high_confidence, confidence=None)
+    found = annotate.collect(loaded, test.x, test.y, high_confidence, confidence=None, steps=200)
     return annotate.Study.create(store, found, seed=seed)
 
 

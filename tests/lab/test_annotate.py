@@ -26,7 +26,7 @@ from playwright.sync_api import expect, sync_playwright
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
-from adv.__main__ import app
+from adv.__main__ import JUDGED, app
 from adv.attacks.gradient import fgsm
 from adv.lab import annotate, data, zoo
 from adv.lab.annotate import Collection, Study
@@ -524,6 +524,11 @@ def test_the_command_attacks_networks_with_their_own_confidence(tmp_path, monkey
     clean = network(test.x).softmax(1).amax(1)
     assert len(images) >= 10
     assert reached.mean() > clean.mean() - 0.05
+
+
+def test_the_networks_judged_by_default_are_in_the_zoo_and_alike():
+    entries = [zoo.entry(name) for name in JUDGED]
+    assert len({(entry.data, str(entry.model)) for entry in entries}) == 1
 
 
 class Served:
