@@ -16,6 +16,7 @@ from torch.utils.benchmark import Timer
 from adv import geometry
 from adv.attacks import boundary, gradient
 from adv.attacks.common import class_gradients
+from adv.defenses import margin
 from adv.lab import data, device, models, zoo
 
 Work = Callable[[], object]
@@ -33,6 +34,21 @@ def one_class_at_a_time(model: nn.Module, x: Tensor) -> Tensor:
     logits = model(z)
     rows = [torch.autograd.grad(c.sum(), z, retain_graph=True)[0] for c in logits.unbind(1)]
     return torch.stack(rows, dim=1)
+
+
+def margin_by_loop(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """``margin_loss(0.1)`` with the gradients of all classes recorded, one after the other."""
+    z = x.clone().requires_grad_()
+    logits = net(z)
+    rows = [torch.autograd.grad(c.sum(), z, create_graph=True)[0] for c in logits.unbind(1)]
+    jacobian = torch.stack(rows).flatten(2)
+    size = (jacobian - jacobian[y, torch.arange(len(y), device=y.device)]).norm(dim=2).amax(dim=0)
+    return margin.hinge(lambda _: logits, z, y) + 0.1 * size.mean()
+
+
+def slopes(loss: Callable[..., Tensor], net: nn.Module, x: Tensor, y: Tensor) -> object:
+    """What a step of training calculates."""
+    return torch.autograd.grad(loss(net, x, y), list(net.parameters()), allow_unused=True)
 
 
 def by_bisection(u: Tensor, eps: float, box: geometry.Box, rounds: int = 60) -> Tensor:
@@ -66,6 +82,7 @@ def rows(place: torch.device) -> Iterator[Row]:
             (100, 1, 28, 28),
         ),
     }
+    priced = margin.margin_loss(0.1)
     for name, (net, shape) in nets.items():
         z = torch.rand(shape, device=place)
         yield (
@@ -75,6 +92,18 @@ def rows(place: torch.device) -> Iterator[Row]:
             "a loop over classes",
             lambda net=net, z=z: one_class_at_a_time(net, z),
         )
+        labels = torch.arange(len(z), device=place) % 10
+        for other, loss in (
+            ("all classes in a loop", margin_by_loop),
+            ("plain hinge", margin.hinge),
+        ):
+            yield (
+                f"margin loss, {name}",
+                "one row recorded",
+                lambda net=net, z=z, y=labels: slopes(priced, net, z, y),
+                other,
+                lambda net=net, z=z, y=labels, loss=loss: slopes(loss, net, z, y),
+            )
     net, digits = zoo.load("digits/cnn", device=place), data.load("digits").test
     x, y = digits.x[:200].to(place), digits.y[:200].to(place)
     yield (
