@@ -56,6 +56,14 @@ EXPLORE, FARTHEST, NEAREST = 0.2, 0.8, 1 / 8
 """Share of the passes for games from random points; their first radius; the last to the first."""
 LANDING = 4
 """Projections at the end of a short game."""
+CURVED = 4
+"""Linearizations mislead where a landing is this many times farther than they promised."""
+WIDE = {"linf": 0.1, "l2": 0.2, "l1": 3.0}
+"""Units of the step sizes there, in shares of the range; 1 under other penalties."""
+SCATTER = 0.3
+"""Radius of the first points of trials there, in the same unit."""
+ANY = -1
+"""Stands for all other classes where an index says which class to play against."""
 POLISH = 8
 """Projections onto the linearized boundary at the end, at most."""
 BEYOND = 4 * TOLERANCE
@@ -200,7 +208,9 @@ def pdpgd(
     The plan of an untargeted attack: the boundaries of the most likely classes are located by
     projections onto their linearizations; from 240 steps on, a game is played against each of the
     nearest, and some short ones from random points; the rest goes into a game against the class
-    found nearest, and projections at its end. A targeted attack plays one game.
+    found nearest, and projections at its end. Where the linearizations turn out to mislead, as on
+    networks with saturated units, trials are against all classes at once, from random points, with
+    large steps. A targeted attack plays one game.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
@@ -244,8 +254,8 @@ def pdpgd(
         if targeted or not rules.scout:
             rival, distance = None, search.first_distance()
         else:
-            nearest = _scout(search, rivals)
-            rival, distance = _trials(search, rules, *nearest)
+            rivals, distances = _scout(search, rivals)
+            rival, distance = _trials(search, rules, rivals, distances, generator(seed + 1))
             _explore(search, rules, distance, draws)
         _games(search, rules, rival, distance, restarts, draws)
     return search.finish()
@@ -381,22 +391,51 @@ def _scout(
         for _ in range(ROUNDS):
             deltas[:, i], distances[:, i] = search.locate(deltas[:, i], rivals[:, i])
     rivals, distances = _sorted(distances[:, :keep], rivals[:, :keep], distances[:, :keep])
+    search.judge(distances[:, 0])
     return rivals, distances
 
 
 def _trials(
-    search: "_Search", rules: Settings, rivals: Int[Tensor, "B C"], distances: Float[Tensor, "B C"]
+    search: "_Search",
+    rules: Settings,
+    rivals: Int[Tensor, "B C"],
+    distances: Float[Tensor, "B C"],
+    draws: torch.Generator,
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """The class against which a short game ends nearest, and the distance there."""
+    """The class against which a short game ends nearest, and the distance there.
+
+    Where linearizations mislead all classes are played against at once, from random points but for
+    the first time; under l1, which is slow to leave ``x``, a game under l2 goes ahead.
+    """
     games = min(rivals.shape[1], search.steps // 80)
     if games < 2 or search.steps < AMPLE:
         return rivals[:, 0], distances[:, 0]
+    zero = torch.zeros_like(search.x)
+    first = zero
+    if search.penalty.kind == "l1":
+        games, first = games - 1, _ahead(search)
+    if search.curved is not None:
+        rivals = torch.where(search.curved[:, None], ANY, rivals)
     for i in range(games):
-        zero = torch.zeros_like(search.x)
-        near = _short(search, rules, rivals[:, i], TRIAL, zero, distances[:, i], "trial")
+        start, unit = zero, search.wide(distances[:, i])
+        if search.curved is not None:
+            other = search.start(SCATTER, distances[:, i], draws) if i else first
+            start = torch.where(expand(search.curved, zero), other, zero)
+        near = _short(search, rules, rivals[:, i], TRIAL, start, unit, "trial")
         distances[:, i] = torch.where(near < math.inf, near, distances[:, i])
     rivals, distances = _sorted(distances[:, :games], rivals[:, :games], distances[:, :games])
     return rivals[:, 0], distances[:, 0]
+
+
+def _ahead(search: "_Search") -> Tensor:
+    """A trial under l2 against all classes, landed under the search's own norm; the nearest yet."""
+    search.penalty = _Penalty("l2")
+    zero, passes = torch.zeros_like(search.x), _passes(search, TRIAL) - LANDING
+    unit = torch.full_like(search.best.distance, search.widest())
+    _, delta = _play(search, RECOMMENDED["l2"], None, passes, zero, unit, "trial")
+    search.penalty = search.own
+    _land(search, None, delta, "trial")
+    return search.nearest()
 
 
 def _explore(search: "_Search", rules: Settings, distance: Tensor, draws: torch.Generator) -> None:
@@ -407,7 +446,7 @@ def _explore(search: "_Search", rules: Settings, distance: Tensor, draws: torch.
     for i in range(games):
         radius = FARTHEST * NEAREST ** (i / max(1, games - 1))
         start = search.start(radius, distance, draws)
-        _short(search, rules, None, EXCURSION, start, distance, "explore")
+        _short(search, rules, None, EXCURSION, start, search.wide(distance), "explore")
 
 
 def _short(
@@ -422,6 +461,12 @@ def _short(
     """A game long enough to find its basin, and projections onto the boundary found there."""
     passes = _passes(search, share)
     reached, delta = _play(search, rules, rival, passes - LANDING, delta, distance, phase)
+    return torch.minimum(reached, _land(search, rival, delta, phase))
+
+
+def _land(search: "_Search", rival: Tensor | None, delta: Tensor, phase: str) -> Tensor:
+    """Projections onto the boundary as linearized at ``delta``: the nearest that was across."""
+    reached = torch.full_like(search.best.distance, math.inf)
     for _ in range(LANDING):
         seen = search.look(delta, rival)
         search.tell(seen, phase)
@@ -451,12 +496,15 @@ def _games(
 ) -> None:
     """Spend what is left: the game from ``x``, those from random points, finetuning, polishing.
 
-    Where exploration came nearer than the class of the game, this starts there, with small steps.
+    Where exploration came nearer than the class of the game, this starts there, with small steps;
+    so it does where linearizations mislead, as these would say how to start.
     """
     polish = min(POLISH, search.left // 10) if rules.scout else 0
     runs = 1 + restarts + rules.finetune
     passes = max(1, (search.left - polish) // runs)
     nearer = search.best.distance < 0.999 * distance
+    if search.curved is not None:
+        nearer |= search.curved & search.best.found
     nearer &= search.left < search.steps // 2  # otherwise it was no exploration
     for run in range(runs):
         count = min(search.left - polish, passes if run < runs - 1 else search.left)
@@ -494,12 +542,14 @@ class _Search:
         steps: int,
         observe: Observe | None,
     ) -> None:
-        self.model, self.x, self.y, self.penalty, self.targeted = model, x, y, penalty, targeted
+        self.model, self.x, self.y, self.targeted = model, x, y, targeted
+        self.penalty = self.own = penalty  # of the game in play, and what the result is judged by
         self.bounds, self.steps, self.left, self.observe = bounds, steps, steps, observe
         self.given, self.width = x, bounds[1] - bounds[0]
         self.kept: Tensor | None = None
         self.box, self.best, self.watch = room(x, bounds), Best(x), GradientWatch(x)
         self.finite = torch.ones((), dtype=torch.bool, device=x.device)
+        self.curved: Tensor | None = None
 
     def begin(self) -> Int[Tensor, "B C"]:
         """Look at ``x``, drop the finished samples; the most likely other classes, in order."""
@@ -524,7 +574,7 @@ class _Search:
 
     def look(self, delta: Tensor, rival: Tensor | None) -> "_Seen":
         """One forward and one backward pass at ``x + delta``; ``rival``: the class, None all."""
-        x_adv = (self.x + delta).clamp(*self.bounds)
+        x_adv = (self.x + delta).clamp_(*self.bounds)
         m: list[Tensor] = []
 
         def value(logits: Tensor, y: Tensor) -> Tensor:
@@ -536,7 +586,8 @@ class _Search:
         self.finite &= logits.isfinite().all()
         size = self.penalty.value(delta)
         hit = is_adversarial(logits, self.y, self.targeted)
-        self.best.update(x_adv, size, hit)
+        same = self.penalty is self.own
+        self.best.update(x_adv, size if same else self.own.value(delta), hit)
         gradient = self.watch.see(gradient, hit)
         reached = torch.where(hit, size, math.inf)
         return _Seen(x_adv, logits, m[0].detach(), gradient, size, reached)
@@ -589,6 +640,25 @@ class _Search:
         distance = torch.where(distance < math.inf, distance, self.width).clamp_min(1e-6)
         return distance / math.sqrt(self.x[0].numel()) if self.penalty.kind == "l2" else distance
 
+    def judge(self, promised: Tensor) -> None:
+        """Where linearizations mislead: nothing near what they promised is across the boundary."""
+        if self.steps < AMPLE:
+            return
+        curved = (self.best.distance > CURVED * promised) | ~self.best.found
+        if bool(curved.any()):
+            self.curved = curved
+
+    def wide(self, distance: Tensor) -> Tensor:
+        """What step sizes go by: the distance, or the range where linearizations mislead."""
+        if self.curved is None:
+            return distance
+        return torch.where(self.curved, self.widest(), distance)
+
+    def widest(self) -> float:
+        """The range as a distance, for steps that leave a plateau."""
+        share = WIDE.get(self.penalty.kind, 1.0) * self.width
+        return share * math.sqrt(self.x[0].numel()) if self.penalty.kind == "l2" else share
+
     def nearest(self) -> Tensor:
         """The best perturbation so far, 0 where there is none."""
         return self.best.x_adv - self.x
@@ -639,7 +709,9 @@ def _margin(logits: Tensor, y: Tensor, rival: Tensor | None, targeted: bool) -> 
         return -margin(logits, y)
     if rival is None:
         return margin(logits, y)
-    return (logits.gather(1, y[:, None]) - logits.gather(1, rival[:, None])).squeeze(1)
+    rivals = logits.scatter(1, y[:, None], -math.inf).amax(dim=1)
+    against = logits.gather(1, rival.clamp_min(0)[:, None]).squeeze(1)
+    return logits.gather(1, y[:, None]).squeeze(1) - torch.where(rival == ANY, rivals, against)
 
 
 # -------------------------------------------------------------------------- norms and penalties

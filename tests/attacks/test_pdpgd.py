@@ -561,3 +561,60 @@ def test_devices_agree(digits, norm):
     there = pdpgd(model.cuda(), x.cuda(), y.cuda(), norm=norm, steps=60)
     assert there.is_cuda
     assert np.allclose(lengths(here - x, 2.0), lengths(there.cpu() - x, 2.0), rtol=1e-4)
+
+
+# ------------------------------------------------------------- where linearizations mislead
+
+
+class Thresholds(nn.Module):
+    """Linear in a steep sigmoid of each value: flat wherever values are far from one half."""
+
+    def __init__(self, d, classes, slope):
+        super().__init__()
+        weight = torch.randn(d, classes, generator=torch.Generator().manual_seed(1))
+        self.register_buffer("weight", weight)
+        self.slope = slope
+
+    def forward(self, x):
+        return torch.sigmoid(self.slope * (x - 0.5)) @ self.weight
+
+    def nearest(self, x, y):
+        """The exact radius under linf: each value moves as the class demands, by bisection."""
+        found = torch.full((len(x),), math.inf)
+        for j in range(self.weight.shape[1]):
+            sign = (self.weight[:, [j]] - self.weight[:, y]).T.sign()
+            low, high = torch.zeros(len(x)), torch.ones(len(x))
+            for _ in range(40):
+                mid = (low + high) / 2
+                logits = self((x + mid[:, None] * sign).clamp(0, 1))
+                across = logits.gather(1, y[:, None]).squeeze(1) < logits[:, j]
+                low, high = torch.where(across, low, mid), torch.where(across, mid, high)
+            found = torch.where(y == j, found, torch.minimum(found, high))
+        return found
+
+
+@pytest.fixture(scope="module")
+def thresholds():
+    model, draws = Thresholds(60, 10, 30.0), torch.Generator().manual_seed(2)
+    dark = torch.rand(10, 60, generator=draws) < 0.5
+    x = torch.where(dark, 0.15, 0.85) + 0.1 * torch.rand(10, 60, generator=draws) - 0.05
+    return model, x, model(x).argmax(dim=1)
+
+
+def test_plateaus_are_left_where_linearizations_promise_nothing(thresholds):
+    model, x, y = thresholds
+    x_adv = pdpgd(model, x, y, norm="linf", steps=500)
+    assert is_adversarial(model(x_adv), y).all()
+    reached = (x_adv - x).abs().amax(dim=1)
+    assert (reached / model.nearest(x, y)).max() <= 1.02  # classes and slopes alone: up to 3.8
+
+
+@pytest.mark.parametrize("norm", ["l1", "l0"])
+def test_phases_under_other_norms_report_the_own_distance(thresholds, norm):
+    model, x, y = thresholds
+    x_adv, seen = watched(pdpgd, model, x, y, norm=norm, steps=300)
+    distances = torch.stack([state["distance"] for _, state in seen])
+    assert len(seen) == 300
+    assert (distances[1:] <= distances[:-1]).all()
+    size = lengths(x_adv - x, 0 if norm == "l0" else 1)
+    assert distances[-1].numpy() == pytest.approx(size, rel=1e-5)
