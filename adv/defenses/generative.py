@@ -7,7 +7,7 @@ parts of that as functions, for attacks that differentiate through it (``adv.att
 |---|---|---|
 | codes $z$ | (B, k) | (B, K, k), one for each class |
 | solver, without a graph | ``project(x)`` | ``infer(x)`` |
-| ``inner(z, x)``, (B,) | $\|G(z)-x\|^2$ | $\sum_c\ell_c(z_c;x)$ |
+| ``inner(z, x)``, (B,) | $\Vert G(z)-x\Vert^2$ | $\sum_c\ell_c(z_c;x)$ |
 | ``logits(z, x)``, (B, K) | $f(G(z))$ | $-\ell_c(z_c;x)$ |
 | gradient of ``forward`` | none: it vanishes | exact where the solver converged |
 
