@@ -354,7 +354,7 @@ class AnalysisBySynthesis(nn.Module):
     def confidence(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:
         r"""Probabilities of the classes, which become equal far away from all of them.
 
-        $p(c\mid x)=(e^{-\alpha\ell_c^*}+\eta_0)/\sum_{c'}(e^{-\alpha\ell_{c'}^*}+\eta_0)$, Bayes'
+        $p(c\mid x)=u_c/\sum_{c'}u_{c'}$ with $u_c=e^{-\alpha\ell_c^*}+\eta_0$, Bayes'
         rule with a uniform prior and a small likelihood that every class gives to everything.
 
         Source: Schott et al. (2019), section 3.
