@@ -69,8 +69,8 @@ class Entry:
             Empty for a network that does not classify, which then has no accuracies.
         critic: settings of ``defenses.critic.Critic``; with them the network is trained against an
             adversary critic, by ``lab.duel.fit_critic``, to which ``training`` then belongs.
-        defense: for the ``VAEs`` of analysis by synthesis: the settings with which
-            ``defenses.generative.AnalysisBySynthesis`` classifies by them, for the accuracies.
+        defense: for ``VAEs``: the settings with which ``AnalysisBySynthesis`` of
+            ``defenses.generative`` classifies by them, for the accuracies.
         seed: of the initial weights and of the training.
         cached: weights too large for the package, which live in the user's cache once trained.
         record: written by ``store``: ``command``, ``sha256``, ``parameters``, ``clean``, ``robust``
