@@ -7,6 +7,7 @@ forward and backward pass, so that no search over $\lambda$ is needed. What deci
 the basin: the budget is first spent on finding the class whose boundary is nearest.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -56,14 +57,18 @@ EXPLORE, FARTHEST, NEAREST = 0.2, 0.8, 1 / 8
 """Share of the passes for games from random points; their first radius; the last to the first."""
 LANDING = 4
 """Projections at the end of a short game."""
-CURVED = 4
+MISLED = 4
 """Linearizations mislead where a landing is this many times farther than they promised."""
 WIDE = {"linf": 0.1, "l2": 0.2, "l1": 3.0}
 """Units of the step sizes there, in shares of the range; 1 under other penalties."""
 SCATTER = 0.3
-"""Radius of the first points of trials there, in the same unit."""
-ANY = -1
-"""Stands for all other classes where an index says which class to play against."""
+"""Radius of the first points there, as a share of the range."""
+SPARSE = ("l1", "l0", "group_l0", "l1/2", "l2/3")
+"""Penalties whose solutions leave most entries alone: there relaxed games are an alternative."""
+LEAP, LEAPS = 1 / 7, 0.9
+"""Share of the passes for a relaxed game; of those that are left, the share for all of them."""
+CUT = 0.3
+"""Where entries are counted, a relaxed game drops those below this share of the range."""
 POLISH = 8
 """Projections onto the linearized boundary at the end, at most."""
 BEYOND = 4 * TOLERANCE
@@ -175,6 +180,9 @@ RECOMMENDED = {
 }
 """Settings for each norm and for a ``Regularizer``; group_l0 takes those of l0."""
 
+RELAXED = Settings(step=(1.0, 0.3), momentum=0.7, adapt=False)
+"""Settings of the relaxed game, whatever the penalty."""
+
 THESIS = Settings(
     step=(1.0, 0.01),
     feedback="sign",
@@ -209,8 +217,8 @@ def pdpgd(
     projections onto their linearizations; from 240 steps on, a game is played against each of the
     nearest, and some short ones from random points; the rest goes into a game against the class
     found nearest, and projections at its end. Where the linearizations turn out to mislead, as on
-    networks with saturated units, trials are against all classes at once, from random points, with
-    large steps. A targeted attack plays one game.
+    networks with saturated units, games are against all classes at once, from random points, with
+    large steps, and sparse penalties are relaxed to l1. A targeted attack plays one game.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
@@ -228,8 +236,9 @@ def pdpgd(
         seed: of the random points.
         observe: called at each pass with ``x_adv``, ``logits``, ``margin``, ``gradient`` (of the
             margin), ``distance`` (best so far), ``phase`` (``"scout"``, ``"trial"``, ``"explore"``,
-            ``"game"``, ``"finetune"`` or ``"polish"``) and, in a game, the multiplier ``lam`` and
-            the factor ``gain`` of the margin.
+            ``"relaxed"``, ``"game"``, ``"finetune"`` or ``"polish"``), ``index`` (the samples of
+            the pass) and, in a game, the multiplier ``lam`` and the factor ``gain`` of the margin.
+            Samples where linearizations mislead are a batch of their own after the scouting.
 
     Returns:
         (B, ...) the nearest adversarial inputs seen, inside ``bounds``; ``x`` itself where it is
@@ -244,20 +253,23 @@ def pdpgd(
     """
     check_inputs(model, x, y, bounds=bounds, steps=steps)
     _check_whole("restarts", restarts)
-    draws, penalty = generator(seed), _penalty(norm, x)
+    generator(seed)
+    penalty = _penalty(norm, x)
     rules = _settings(settings, penalty)
     with eval_mode(model):
         search = _Search(model, x.detach(), y, penalty, targeted, bounds, steps, observe)
-        rivals = search.begin()
+        search.begin()
+        if observe is None:
+            search = search.part(~search.best.found)
         if not len(search.x):  # all are adversarial already
             return search.finish()
         if targeted or not rules.scout:
-            rival, distance = None, search.first_distance()
-        else:
-            rivals, distances = _scout(search, rivals)
-            rival, distance = _trials(search, rules, rivals, distances, generator(seed + 1))
-            _explore(search, rules, distance, draws)
-        _games(search, rules, rival, distance, restarts, draws)
+            _games(search, rules, None, search.first_distance(), restarts, generator(seed))
+            return search.finish()
+        rivals, distances = _scout(search)
+        misled = search.misled(distances[:, 0])
+        for plan, rows in ((_trust, ~misled), (_distrust, misled)):
+            search.split(plan, rows, rules, rivals, distances, restarts, seed)
     return search.finish()
 
 
@@ -367,14 +379,13 @@ class _Adam:
 # ----------------------------------------------------------------------------- the plan of passes
 
 
-def _scout(
-    search: "_Search", rivals: Int[Tensor, "B C"]
-) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"]]:
+def _scout(search: "_Search") -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"]]:
     """Classes by the distance of their boundaries, nearest first, and these distances.
 
     First each boundary is linearized at ``x``; then, for as many of the nearest classes as a fourth
     of the budget allows, three times more where the last linearization put it.
     """
+    rivals = search.rivals()
     count = rivals.shape[1]
     if count == 1:
         return rivals, search.first_distance()[:, None]
@@ -391,51 +402,108 @@ def _scout(
         for _ in range(ROUNDS):
             deltas[:, i], distances[:, i] = search.locate(deltas[:, i], rivals[:, i])
     rivals, distances = _sorted(distances[:, :keep], rivals[:, :keep], distances[:, :keep])
-    search.judge(distances[:, 0])
     return rivals, distances
 
 
-def _trials(
+def _trust(
     search: "_Search",
     rules: Settings,
     rivals: Int[Tensor, "B C"],
     distances: Float[Tensor, "B C"],
-    draws: torch.Generator,
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """The class against which a short game ends nearest, and the distance there.
+    restarts: int,
+    seed: int,
+) -> None:
+    """The plan after scouting: the class against which a short game ends nearest gets the rest."""
+    games = min(rivals.shape[1], round(search.left / 80))
+    draws = generator(seed)
+    if games >= 2 and search.steps >= AMPLE:
+        zero = torch.zeros_like(search.x)
+        for i in range(games):
+            near = _short(search, rules, rivals[:, i], TRIAL, zero, distances[:, i], "trial")
+            distances[:, i] = torch.where(near < math.inf, near, distances[:, i])
+        rivals, distances = _sorted(distances[:, :games], rivals[:, :games], distances[:, :games])
+    _explore(search, rules, distances[:, 0], draws)
+    _games(search, rules, rivals[:, 0], distances[:, 0], restarts, draws)
 
-    Where linearizations mislead all classes are played against at once, from random points but for
-    the first time; under l1, which is slow to leave ``x``, a game under l2 goes ahead.
-    """
-    games = min(rivals.shape[1], search.steps // 80)
-    if games < 2 or search.steps < AMPLE:
-        return rivals[:, 0], distances[:, 0]
+
+def _distrust(
+    search: "_Search",
+    rules: Settings,
+    rivals: Int[Tensor, "B C"],
+    distances: Float[Tensor, "B C"],
+    restarts: int,
+    seed: int,
+) -> None:
+    """The plan where linearizations mislead; for sparse solutions one of two, after a game each."""
+    search.lost = True
+    if search.penalty.kind not in SPARSE:
+        _roam(search, rules, rivals, distances, restarts, seed)
+        return
     zero = torch.zeros_like(search.x)
-    first = zero
-    if search.penalty.kind == "l1":
-        games, first = games - 1, _ahead(search)
-    if search.curved is not None:
-        rivals = torch.where(search.curved[:, None], ANY, rivals)
-    for i in range(games):
-        start, unit = zero, search.wide(distances[:, i])
-        if search.curved is not None:
-            other = search.start(SCATTER, distances[:, i], draws) if i else first
-            start = torch.where(expand(search.curved, zero), other, zero)
-        near = _short(search, rules, rivals[:, i], TRIAL, start, unit, "trial")
-        distances[:, i] = torch.where(near < math.inf, near, distances[:, i])
-    rivals, distances = _sorted(distances[:, :games], rivals[:, :games], distances[:, :games])
-    return rivals[:, 0], distances[:, 0]
+    wide = torch.full_like(search.best.distance, search.wide())
+    near = _short(search, rules, None, TRIAL, zero, wide, "trial")
+    nearer = _relax(search, zero) < near
+    for plan, rows in ((_roam, ~nearer), (_leap, nearer)):
+        search.split(plan, rows, rules, rivals, distances, restarts, seed)
 
 
-def _ahead(search: "_Search") -> Tensor:
-    """A trial under l2 against all classes, landed under the search's own norm; the nearest yet."""
-    search.penalty = _Penalty("l2")
-    zero, passes = torch.zeros_like(search.x), _passes(search, TRIAL) - LANDING
-    unit = torch.full_like(search.best.distance, search.widest())
-    _, delta = _play(search, RECOMMENDED["l2"], None, passes, zero, unit, "trial")
-    search.penalty = search.own
-    _land(search, None, delta, "trial")
-    return search.nearest()
+def _roam(
+    search: "_Search",
+    rules: Settings,
+    _rivals: Int[Tensor, "B C"],
+    distances: Float[Tensor, "B C"],
+    restarts: int,
+    seed: int,
+) -> None:
+    """Games against all classes, from random points, with steps as large as the range."""
+    wide, draws = torch.full_like(search.best.distance, search.wide()), generator(seed)
+    for i in range(round(search.left / 80)):
+        start = search.start(SCATTER if i else 0.0, wide, draws)
+        _short(search, rules, None, TRIAL, start, wide, "trial")
+    _explore(search, rules, wide, draws)
+    _games(search, rules, None, distances[:, 0], restarts, draws)
+
+
+def _leap(
+    search: "_Search",
+    rules: Settings,
+    _rivals: Int[Tensor, "B C"],
+    distances: Float[Tensor, "B C"],
+    restarts: int,
+    seed: int,
+) -> None:
+    """Relaxed games from random points."""
+    wide, draws = torch.full_like(search.best.distance, search.wide()), generator(seed)
+    for _ in range(max(1, int(LEAPS * search.left) // _passes(search, LEAP))):
+        _relax(search, search.start(SCATTER, wide, draws))
+    _games(search, rules, None, distances[:, 0], restarts, draws)
+
+
+def _relax(search: "_Search", delta: Tensor) -> Tensor:
+    r"""A game for sparse solutions where the slopes of most entries are hidden, under l1.
+
+    Inside a box of width $w$, $\|\delta\|_1/w$ is the largest convex function below the number of
+    nonzero entries. The gradient, of unit l-infinity norm, steers Adam, under which all entries
+    move alike. The threshold is the same for all as well, and not in Adam's metric, where an entry
+    whose slope was never seen could not leave 0. The equilibrium law says $\lambda=\frac12$.
+    """
+    adam, gain = _Adam(delta, RELAXED.momentum, isotropic=False), search.gain(RELAXED.gain, None)
+    passes = _passes(search, LEAP)
+    log_lam = torch.full_like(gain, math.log(0.5))
+    reached = torch.full_like(gain, math.inf)
+    for k in range(passes):
+        seen = search.look(delta, None)
+        reached = torch.minimum(reached, seen.reached)
+        m, g, lam = seen.margin, seen.gradient, log_lam.exp()
+        search.tell(seen, "relaxed", lam=lam, gain=gain)
+        a, b = _schedules(RELAXED, k, passes)
+        top = g.flatten(1).abs().amax(dim=1)
+        slope = torch.sigmoid(gain * m) / torch.where(top > 0, top, 1.0)
+        step = torch.full_like(m, a * search.width)
+        u, _ = adam.step(delta, expand(slope, g) * g, step)
+        delta = search.penalty.relaxed(u, lam * step, search.box, CUT * search.width)
+        log_lam = log_lam - b * torch.tanh(gain * m)
+    return reached
 
 
 def _explore(search: "_Search", rules: Settings, distance: Tensor, draws: torch.Generator) -> None:
@@ -446,7 +514,7 @@ def _explore(search: "_Search", rules: Settings, distance: Tensor, draws: torch.
     for i in range(games):
         radius = FARTHEST * NEAREST ** (i / max(1, games - 1))
         start = search.start(radius, distance, draws)
-        _short(search, rules, None, EXCURSION, start, search.wide(distance), "explore")
+        _short(search, rules, None, EXCURSION, start, distance, "explore")
 
 
 def _short(
@@ -503,8 +571,8 @@ def _games(
     runs = 1 + restarts + rules.finetune
     passes = max(1, (search.left - polish) // runs)
     nearer = search.best.distance < 0.999 * distance
-    if search.curved is not None:
-        nearer |= search.curved & search.best.found
+    if search.lost:
+        nearer |= search.best.found
     nearer &= search.left < search.steps // 2  # otherwise it was no exploration
     for run in range(runs):
         count = min(search.left - polish, passes if run < runs - 1 else search.left)
@@ -543,34 +611,62 @@ class _Search:
         observe: Observe | None,
     ) -> None:
         self.model, self.x, self.y, self.targeted = model, x, y, targeted
-        self.penalty = self.own = penalty  # of the game in play, and what the result is judged by
+        self.penalty = penalty
         self.bounds, self.steps, self.left, self.observe = bounds, steps, steps, observe
         self.given, self.width = x, bounds[1] - bounds[0]
-        self.kept: Tensor | None = None
+        self.rows: Tensor | None = None  # of the inputs, where not all are searched for
         self.box, self.best, self.watch = room(x, bounds), Best(x), GradientWatch(x)
         self.finite = torch.ones((), dtype=torch.bool, device=x.device)
-        self.curved: Tensor | None = None
+        self.lost = False  # whether linearizations mislead
 
-    def begin(self) -> Int[Tensor, "B C"]:
-        """Look at ``x``, drop the finished samples; the most likely other classes, in order."""
+    def begin(self) -> None:
+        """Look at ``x``."""
         self.first = self.look(torch.zeros_like(self.x), None)
         self.tell(self.first, "scout")
         self.check()
-        if self.observe is None:
-            self._drop(~self.best.found)
+
+    def rivals(self) -> Int[Tensor, "B C"]:
+        """The most likely other classes, in order."""
         logits = self.first.logits
         count = max(1, min(logits.shape[1] - 1, CLASSES, self.steps // 10))
         order = logits.scatter(1, self.y[:, None], -math.inf).argsort(dim=1, descending=True)
         return order[:, :count]
 
-    def _drop(self, active: Tensor) -> None:
-        if bool(active.all()):
+    def part(self, chosen: Tensor) -> "_Search":
+        """The search for some of the samples, with the same passes left."""
+        if bool(chosen.all()):
+            return self
+        part, rows = copy.copy(self), chosen.nonzero().squeeze(1)
+        part.rows = rows if self.rows is None else self.rows[rows]
+        part.x, part.y = self.x[rows], self.y[rows]
+        part.first = _Seen(*(value[rows] for value in self.first))
+        part.box = room(part.x, self.bounds)
+        part.best, part.watch = Best(part.x), GradientWatch(part.x)
+        part.best.update(self.best.x_adv[rows], self.best.distance[rows])
+        part.watch.stuck, part.watch.done = self.watch.stuck[rows], self.watch.done[rows]
+        return part
+
+    def split(
+        self,
+        plan: Callable[..., None],
+        chosen: Tensor,
+        rules: Settings,
+        rivals: Tensor,
+        distances: Tensor,
+        restarts: int,
+        seed: int,
+    ) -> None:
+        """Follow a plan for some of the samples, and take over what it finds."""
+        if not bool(chosen.any()):
             return
-        self.kept = active.nonzero().squeeze(1)
-        self.x, self.y = self.x[self.kept], self.y[self.kept]
-        self.first = _Seen(*(part[self.kept] for part in self.first))
-        self.box, self.best = room(self.x, self.bounds), Best(self.x)
-        self.watch = GradientWatch(self.x)
+        part = self.part(chosen)
+        plan(part, rules, rivals[chosen], distances[chosen], restarts, seed)
+        if part is not self:
+            # New tensors: an observer may have kept the old ones.
+            self.best.x_adv = self.best.x_adv.index_put((chosen,), part.best.x_adv)
+            self.best.distance = self.best.distance.index_put((chosen,), part.best.distance)
+            self.watch.stuck[chosen] = part.watch.stuck
+            self.finite &= part.finite
 
     def look(self, delta: Tensor, rival: Tensor | None) -> "_Seen":
         """One forward and one backward pass at ``x + delta``; ``rival``: the class, None all."""
@@ -586,8 +682,7 @@ class _Search:
         self.finite &= logits.isfinite().all()
         size = self.penalty.value(delta)
         hit = is_adversarial(logits, self.y, self.targeted)
-        same = self.penalty is self.own
-        self.best.update(x_adv, size if same else self.own.value(delta), hit)
+        self.best.update(x_adv, size, hit)
         gradient = self.watch.see(gradient, hit)
         reached = torch.where(hit, size, math.inf)
         return _Seen(x_adv, logits, m[0].detach(), gradient, size, reached)
@@ -598,7 +693,8 @@ class _Search:
             state = {
                 name: getattr(seen, name) for name in ("x_adv", "logits", "margin", "gradient")
             }
-            state |= {"distance": self.best.distance, "phase": phase, **known}
+            index = torch.arange(len(self.given)) if self.rows is None else self.rows.cpu()
+            state |= {"distance": self.best.distance, "phase": phase, "index": index, **known}
             self.observe(self.steps - self.left - 1, state)
 
     def locate(
@@ -640,21 +736,13 @@ class _Search:
         distance = torch.where(distance < math.inf, distance, self.width).clamp_min(1e-6)
         return distance / math.sqrt(self.x[0].numel()) if self.penalty.kind == "l2" else distance
 
-    def judge(self, promised: Tensor) -> None:
-        """Where linearizations mislead: nothing near what they promised is across the boundary."""
+    def misled(self, promised: Tensor) -> Tensor:
+        """(B,) whether nothing near what linearizations promised is across the boundary."""
         if self.steps < AMPLE:
-            return
-        curved = (self.best.distance > CURVED * promised) | ~self.best.found
-        if bool(curved.any()):
-            self.curved = curved
+            return torch.zeros_like(self.best.found)
+        return (self.best.distance > MISLED * promised) | ~self.best.found
 
-    def wide(self, distance: Tensor) -> Tensor:
-        """What step sizes go by: the distance, or the range where linearizations mislead."""
-        if self.curved is None:
-            return distance
-        return torch.where(self.curved, self.widest(), distance)
-
-    def widest(self) -> float:
+    def wide(self) -> float:
         """The range as a distance, for steps that leave a plateau."""
         share = WIDE.get(self.penalty.kind, 1.0) * self.width
         return share * math.sqrt(self.x[0].numel()) if self.penalty.kind == "l2" else share
@@ -669,8 +757,8 @@ class _Search:
             return torch.zeros_like(self.x)
         uniform = torch.rand(self.given.shape, dtype=self.x.dtype, generator=draws) * 2 - 1
         uniform = uniform.to(self.x.device)
-        if self.kept is not None:
-            uniform = uniform[self.kept]
+        if self.rows is not None:
+            uniform = uniform[self.rows]
         if radius is not None:
             scale = torch.full_like(distance, radius * self.width)
         else:
@@ -685,10 +773,10 @@ class _Search:
         """The nearest adversarial points, in the order of the inputs."""
         self.check()
         self.watch.report("pdpgd()")
-        if self.kept is None:
+        if self.rows is None:
             return self.best.x_adv
         x_adv = self.given.clone()
-        x_adv[self.kept] = self.best.x_adv
+        x_adv[self.rows] = self.best.x_adv
         return x_adv
 
 
@@ -709,9 +797,8 @@ def _margin(logits: Tensor, y: Tensor, rival: Tensor | None, targeted: bool) -> 
         return -margin(logits, y)
     if rival is None:
         return margin(logits, y)
-    rivals = logits.scatter(1, y[:, None], -math.inf).amax(dim=1)
-    against = logits.gather(1, rival.clamp_min(0)[:, None]).squeeze(1)
-    return logits.gather(1, y[:, None]).squeeze(1) - torch.where(rival == ANY, rivals, against)
+    pair = logits.gather(1, torch.stack([y, rival], dim=1))
+    return pair[:, 0] - pair[:, 1]
 
 
 # -------------------------------------------------------------------------- norms and penalties
@@ -842,6 +929,17 @@ class _Penalty:
         if self.kind == "linf":
             return _prox_linf(u, lam, box, metric, size)
         return prox(u, lam, self.kind, box=box, metric=metric)
+
+    def relaxed(self, u: Tensor, weight: Tensor, box: Box, cut: float) -> Tensor:
+        """A soft threshold for entries, or pixels; where they are counted, small ones are cut."""
+        colors = self.kind == "group_l0"
+        size = torch.linalg.vector_norm(u, dim=1, keepdim=True) if colors else u.abs()
+        shrunk = (size - expand(weight, u)).clamp_min(0) / torch.where(size > 0, size, 1.0)
+        z = torch.clamp(shrunk * u, *box)
+        if not self.counts:
+            return z
+        largest = z.abs().amax(dim=1, keepdim=True) if colors else z.abs()
+        return torch.where(largest < cut, 0.0, z)
 
     def equilibrium(self, m: Tensor, g: Tensor, gain: Tensor, multiplier: float | None) -> Tensor:
         r"""(B,) the first $\lambda$: by the law $\lambda=\frac12\gamma\|\nabla m\|_q$ unless given.
