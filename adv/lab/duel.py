@@ -166,7 +166,10 @@ def fit_critic(
     for name, count in (("epochs", epochs), ("batch_size", batch_size), ("steps", steps)):
         check_count(name, count)
     check_count("halve_every", halve_every)
-    for name, value in (("cycle", cycle), ("penalty", penalty), ("pretrain", pretrain)):
+    if pretrain != 0:
+        check_count("pretrain", pretrain)
+    numbers = {"lr": lr, "critic_lr": critic_lr, "cycle": cycle, "penalty": penalty}
+    for name, value in numbers.items():
         check_number(name, value)
     if len(train) == 0:
         raise ValueError("the training set is empty")

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -176,6 +177,9 @@ def test_divergence_is_told():
         ({"cycle": -1.0}, ValueError),
         ({"penalty": -1.0}, ValueError),
         ({"pretrain": -1}, ValueError),
+        ({"pretrain": 1.5}, TypeError),
+        ({"lr": -1e-3}, ValueError),
+        ({"critic_lr": math.nan}, ValueError),
         ({"epochs": 1.5}, TypeError),
     ],
 )
