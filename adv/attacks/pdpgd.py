@@ -4,7 +4,8 @@ $\min\|\delta\|$ subject to $m(x+\delta)<0$, the margin, in a box. Two players: 
 $\lambda\|\delta\|+\phi(m(x+\delta))$ with a smooth $\phi$, by a gradient step on $\phi$ and the
 proximal operator of the norm; $\lambda$ falls while $m>0$ and grows while $m<0$. Both move on every
 forward and backward pass, so that no search over $\lambda$ is needed. What decides the result is
-the basin: the budget is first spent on finding the class whose boundary is nearest.
+the basin: the budget is first spent on finding the class whose boundary is nearest, and where
+slopes turn out to mislead, on games from random points with large steps.
 """
 
 import copy
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from adv.attacks.common import (
@@ -52,7 +53,7 @@ POWERS = {"l1/2": 1 / 2, "l2/3": 2 / 3}
 AMPLE = 240
 """Passes from which on trials and exploration pay."""
 TRIAL, EXCURSION = 1 / 12, 1 / 32
-"""Shares of the passes for a game against a class, and for one from a random point."""
+"""Shares of the passes for a trial, against a class or all, and for an exploring game."""
 EXPLORE, FARTHEST, NEAREST = 0.2, 0.8, 1 / 8
 """Share of the passes for games from random points; their first radius; the last to the first."""
 LANDING = 4
@@ -60,13 +61,15 @@ LANDING = 4
 MISLED = 4
 """Linearizations mislead where a landing is this many times farther than they promised."""
 WIDE = {"linf": 0.1, "l2": 0.2, "l1": 3.0}
-"""Units of the step sizes there, in shares of the range; 1 under other penalties."""
+"""For misled samples: units of the step sizes, in shares of the range; 1 under other penalties."""
 SCATTER = 0.3
-"""Radius of the first points there, as a share of the range."""
+"""For misled samples: radius of the random starts, as a share of the range."""
+ROAM = 0.55
+"""For misled samples: of the passes left after the first trial, the share for further trials."""
 SPARSE = ("l1", "l0", "group_l0", "l1/2", "l2/3")
-"""Penalties whose solutions leave most entries alone: there relaxed games are an alternative."""
-LEAP, LEAPS = 1 / 7, 0.9
-"""Share of the passes for a relaxed game; of those that are left, the share for all of them."""
+"""Penalties whose solutions leave most entries alone: relaxed games are an alternative."""
+RELAX, RELAXED_SHARE = 1 / 7, 0.9
+"""Share of the passes for a relaxed game; of what is left then, the share for further ones."""
 CUT = 0.3
 """Where entries are counted, a relaxed game drops those below this share of the range."""
 POLISH = 8
@@ -181,7 +184,7 @@ RECOMMENDED = {
 """Settings for each norm and for a ``Regularizer``; group_l0 takes those of l0."""
 
 RELAXED = Settings(step=(1.0, 0.3), momentum=0.7, adapt=False)
-"""Settings of the relaxed game, whatever the penalty."""
+"""Of the relaxed game, under any penalty and whatever settings are given: step, rate, momentum."""
 
 THESIS = Settings(
     step=(1.0, 0.01),
@@ -218,7 +221,8 @@ def pdpgd(
     nearest, and some short ones from random points; the rest goes into a game against the class
     found nearest, and projections at its end. Where the linearizations turn out to mislead, as on
     networks with saturated units, games are against all classes at once, from random points, with
-    large steps, and sparse penalties are relaxed to l1. A targeted attack plays one game.
+    steps of the order of the range; under sparse penalties a relaxed game is tried too, and goes on
+    where it came nearer. A targeted attack plays one game.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
@@ -230,7 +234,7 @@ def pdpgd(
         steps: forward passes of each sample, and as many backward passes, all phases together.
         restarts: games from random points, which share the last phase with the one from ``x``.
         settings: ``"recommended"``, ``"thesis"`` (random start, no scouting, finetuning within the
-            budget), or ``Settings``.
+            budget), or ``Settings``; relaxed games have their own.
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
         seed: of the random points.
@@ -238,7 +242,8 @@ def pdpgd(
             margin), ``distance`` (best so far), ``phase`` (``"scout"``, ``"trial"``, ``"explore"``,
             ``"relaxed"``, ``"game"``, ``"finetune"`` or ``"polish"``), ``index`` (the samples of
             the pass) and, in a game, the multiplier ``lam`` and the factor ``gain`` of the margin.
-            Samples where linearizations mislead are a batch of their own after the scouting.
+            Samples where linearizations mislead are a batch or two of their own after the
+            scouting: step numbers then repeat, once for each batch.
 
     Returns:
         (B, ...) the nearest adversarial inputs seen, inside ``bounds``; ``x`` itself where it is
@@ -253,7 +258,7 @@ def pdpgd(
     """
     check_inputs(model, x, y, bounds=bounds, steps=steps)
     _check_whole("restarts", restarts)
-    generator(seed)
+    generator(seed)  # so that a bad seed is told before the first pass
     penalty = _penalty(norm, x)
     rules = _settings(settings, penalty)
     with eval_mode(model):
@@ -267,7 +272,7 @@ def pdpgd(
             _games(search, rules, None, search.first_distance(), restarts, generator(seed))
             return search.finish()
         rivals, distances = _scout(search)
-        misled = search.misled(distances[:, 0])
+        misled = search.judge(distances)
         for plan, rows in ((_trust, ~misled), (_distrust, misled)):
             search.split(plan, rows, rules, rivals, distances, restarts, seed)
     return search.finish()
@@ -434,16 +439,17 @@ def _distrust(
     restarts: int,
     seed: int,
 ) -> None:
-    """The plan where linearizations mislead; for sparse solutions one of two, after a game each."""
-    search.lost = True
-    if search.penalty.kind not in SPARSE:
-        _roam(search, rules, rivals, distances, restarts, seed)
-        return
-    zero = torch.zeros_like(search.x)
+    """The plan where linearizations mislead: a game against all classes, with large steps.
+
+    Under sparse penalties one game of each kind decides how a sample goes on.
+    """
+    search.misled, zero = True, torch.zeros_like(search.x)
     wide = torch.full_like(search.best.distance, search.wide())
     near = _short(search, rules, None, TRIAL, zero, wide, "trial")
-    nearer = _relax(search, zero) < near
-    for plan, rows in ((_roam, ~nearer), (_leap, nearer)):
+    nearer = torch.zeros_like(search.best.found)
+    if search.penalty.kind in SPARSE:
+        nearer = _relax(search, zero) < near
+    for plan, rows in ((_roam, ~nearer), (_relaxed_games, nearer)):
         search.split(plan, rows, rules, rivals, distances, restarts, seed)
 
 
@@ -455,16 +461,16 @@ def _roam(
     restarts: int,
     seed: int,
 ) -> None:
-    """Games against all classes, from random points, with steps as large as the range."""
+    """Trials against all classes, from random points, with steps of the order of the range."""
     wide, draws = torch.full_like(search.best.distance, search.wide()), generator(seed)
-    for i in range(round(search.left / 80)):
-        start = search.start(SCATTER if i else 0.0, wide, draws)
+    for _ in range(int(ROAM * search.left) // _passes(search, TRIAL)):
+        start = search.start(SCATTER, wide, draws)
         _short(search, rules, None, TRIAL, start, wide, "trial")
     _explore(search, rules, wide, draws)
     _games(search, rules, None, distances[:, 0], restarts, draws)
 
 
-def _leap(
+def _relaxed_games(
     search: "_Search",
     rules: Settings,
     _rivals: Int[Tensor, "B C"],
@@ -474,21 +480,23 @@ def _leap(
 ) -> None:
     """Relaxed games from random points."""
     wide, draws = torch.full_like(search.best.distance, search.wide()), generator(seed)
-    for _ in range(max(1, int(LEAPS * search.left) // _passes(search, LEAP))):
+    for _ in range(int(RELAXED_SHARE * search.left) // _passes(search, RELAX)):
         _relax(search, search.start(SCATTER, wide, draws))
     _games(search, rules, None, distances[:, 0], restarts, draws)
 
 
 def _relax(search: "_Search", delta: Tensor) -> Tensor:
-    r"""A game for sparse solutions where the slopes of most entries are hidden, under l1.
+    r"""A game for sparse solutions where most slopes are hidden; the distances it reached.
 
-    Inside a box of width $w$, $\|\delta\|_1/w$ is the largest convex function below the number of
-    nonzero entries. The gradient, of unit l-infinity norm, steers Adam, under which all entries
-    move alike. The threshold is the same for all as well, and not in Adam's metric, where an entry
-    whose slope was never seen could not leave 0. The equilibrium law says $\lambda=\frac12$.
+    The l1 norm (of pixels' lengths, where these are counted) stands for the penalty: within
+    $\|\delta\|_\infty\le w$, $\|\delta\|_1/w$ is the largest convex function below the count. The
+    gradient, of unit l-infinity norm, steers Adam, under which all entries move alike. The
+    threshold is the same for all as well, and not in Adam's metric, where an entry with a small
+    slope cannot leave 0. The game begins at $\lambda=\frac12$, as the equilibrium law has it for
+    slopes of at most 1.
     """
     adam, gain = _Adam(delta, RELAXED.momentum, isotropic=False), search.gain(RELAXED.gain, None)
-    passes = _passes(search, LEAP)
+    passes = _passes(search, RELAX)
     log_lam = torch.full_like(gain, math.log(0.5))
     reached = torch.full_like(gain, math.inf)
     for k in range(passes):
@@ -564,14 +572,15 @@ def _games(
 ) -> None:
     """Spend what is left: the game from ``x``, those from random points, finetuning, polishing.
 
-    Where exploration came nearer than the class of the game, this starts there, with small steps;
-    so it does where linearizations mislead, as these would say how to start.
+    Where exploration came nearer than the class of the game, this starts there, with steps in units
+    of a tenth of that distance (where the settings adapt them); so it does where linearizations
+    mislead, as these would say how to start.
     """
     polish = min(POLISH, search.left // 10) if rules.scout else 0
     runs = 1 + restarts + rules.finetune
     passes = max(1, (search.left - polish) // runs)
     nearer = search.best.distance < 0.999 * distance
-    if search.lost:
+    if search.misled:
         nearer |= search.best.found
     nearer &= search.left < search.steps // 2  # otherwise it was no exploration
     for run in range(runs):
@@ -617,7 +626,7 @@ class _Search:
         self.rows: Tensor | None = None  # of the inputs, where not all are searched for
         self.box, self.best, self.watch = room(x, bounds), Best(x), GradientWatch(x)
         self.finite = torch.ones((), dtype=torch.bool, device=x.device)
-        self.lost = False  # whether linearizations mislead
+        self.misled = False  # by linearizations
 
     def begin(self) -> None:
         """Look at ``x``."""
@@ -666,7 +675,6 @@ class _Search:
             self.best.x_adv = self.best.x_adv.index_put((chosen,), part.best.x_adv)
             self.best.distance = self.best.distance.index_put((chosen,), part.best.distance)
             self.watch.stuck[chosen] = part.watch.stuck
-            self.finite &= part.finite
 
     def look(self, delta: Tensor, rival: Tensor | None) -> "_Seen":
         """One forward and one backward pass at ``x + delta``; ``rival``: the class, None all."""
@@ -736,14 +744,14 @@ class _Search:
         distance = torch.where(distance < math.inf, distance, self.width).clamp_min(1e-6)
         return distance / math.sqrt(self.x[0].numel()) if self.penalty.kind == "l2" else distance
 
-    def misled(self, promised: Tensor) -> Tensor:
-        """(B,) whether nothing near what linearizations promised is across the boundary."""
-        if self.steps < AMPLE:
+    def judge(self, distances: Float[Tensor, "B C"]) -> Bool[Tensor, " B"]:
+        """Whether nothing near what linearizations promised is across; never if none was tried."""
+        if self.steps < AMPLE or distances.shape[1] == 1:
             return torch.zeros_like(self.best.found)
-        return (self.best.distance > MISLED * promised) | ~self.best.found
+        return (self.best.distance > MISLED * distances[:, 0]) | ~self.best.found
 
     def wide(self) -> float:
-        """The range as a distance, for steps that leave a plateau."""
+        """The unit of steps that leave a plateau, of the order of the range, as a distance."""
         share = WIDE.get(self.penalty.kind, 1.0) * self.width
         return share * math.sqrt(self.x[0].numel()) if self.penalty.kind == "l2" else share
 

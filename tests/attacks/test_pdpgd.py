@@ -635,7 +635,8 @@ def test_relaxed_games_find_sparse_solutions_on_plateaus(thresholds, monkeypatch
     nothing = torch.tensor(math.inf).expand(len(x))
     monkeypatch.setattr(module, "_relax", lambda search, _: nothing[: len(search.x)])
     without = (pdpgd(model, x, y, norm="l1", steps=500) - x).abs().sum(dim=1)
-    assert (relaxed / least).mean() < 2 < 2.25 < (without / least).mean()
+    assert (relaxed / least).mean() < 2
+    assert (without / least).mean() > 2.25
 
 
 def test_relaxed_threshold_is_the_proximal_operator_of_l1_and_of_pixels():
@@ -654,17 +655,25 @@ def test_relaxed_threshold_is_the_proximal_operator_of_l1_and_of_pixels():
 
 
 @pytest.mark.parametrize("norm", ["l1", "l0", "linf"])
-def test_the_parts_of_a_batch_get_the_same_passes_and_report_them(thresholds, norm):
+@pytest.mark.parametrize("steps", [240, 300, 1100])
+def test_the_parts_of_a_batch_get_the_same_passes_and_report_them(thresholds, norm, steps):
     model, x, y = thresholds
     plain = torch.full_like(x[:2], 0.5) + 0.01 * x[:2]  # where slopes can be trusted
     x, y = torch.cat([x, plain]), torch.cat([y, model(plain).argmax(dim=1)])
-    x_adv, seen = watched(pdpgd, model, x, y, norm=norm, steps=300)
+    x_adv, seen = watched(pdpgd, model, x, y, norm=norm, steps=steps)
     passes = torch.zeros(len(x), dtype=torch.long)
     last = torch.full((len(x),), math.inf)
     for _, state in seen:
         passes[state["index"]] += 1
         assert (state["distance"] <= last[state["index"]]).all()
         last[state["index"]] = state["distance"]
-    assert (passes == 300).all()
+    assert (passes == steps).all()
     size = lengths(x_adv - x, {"l0": 0, "l1": 1, "linf": math.inf}[norm])
     assert last.numpy() == pytest.approx(size, rel=1e-5)
+
+
+def test_with_two_classes_nothing_misleads():
+    model, x = affine(2, d=6), inputs(6, 6)
+    y = model(x).argmax(dim=1)
+    _, seen = watched(pdpgd, model, x, y, norm="l1", steps=300)
+    assert "relaxed" not in {state["phase"] for _, state in seen}
