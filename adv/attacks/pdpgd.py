@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -449,7 +450,8 @@ def _distrust(
     nearer = torch.zeros_like(search.best.found)
     if search.penalty.kind in SPARSE:
         nearer = _relax(search, zero) < near
-    for plan, rows in ((_roam, ~nearer), (_relaxed_games, nearer)):
+    for relaxed, rows in ((False, ~nearer), (True, nearer)):
+        plan = partial(_roam, relaxed=relaxed)
         search.split(plan, rows, rules, rivals, distances, restarts, seed)
 
 
@@ -460,28 +462,20 @@ def _roam(
     distances: Float[Tensor, "B C"],
     restarts: int,
     seed: int,
+    *,
+    relaxed: bool,
 ) -> None:
-    """Trials against all classes, from random points, with steps of the order of the range."""
+    """Relaxed games, or trials and explorations, from random points against all classes."""
     wide, draws = torch.full_like(search.best.distance, search.wide()), generator(seed)
-    for _ in range(int(ROAM * search.left) // _passes(search, TRIAL)):
+    share, length = (RELAXED_SHARE, RELAX) if relaxed else (ROAM, TRIAL)
+    for _ in range(int(share * search.left) // _passes(search, length)):
         start = search.start(SCATTER, wide, draws)
-        _short(search, rules, None, TRIAL, start, wide, "trial")
-    _explore(search, rules, wide, draws)
-    _games(search, rules, None, distances[:, 0], restarts, draws)
-
-
-def _relaxed_games(
-    search: "_Search",
-    rules: Settings,
-    _rivals: Int[Tensor, "B C"],
-    distances: Float[Tensor, "B C"],
-    restarts: int,
-    seed: int,
-) -> None:
-    """Relaxed games from random points."""
-    wide, draws = torch.full_like(search.best.distance, search.wide()), generator(seed)
-    for _ in range(int(RELAXED_SHARE * search.left) // _passes(search, RELAX)):
-        _relax(search, search.start(SCATTER, wide, draws))
+        if relaxed:
+            _relax(search, start)
+        else:
+            _short(search, rules, None, TRIAL, start, wide, "trial")
+    if not relaxed:
+        _explore(search, rules, wide, draws)
     _games(search, rules, None, distances[:, 0], restarts, draws)
 
 
@@ -604,8 +598,8 @@ def _games(
 class _Search:
     """A budget of passes for a batch: looks at points, keeps the nearest adversarial ones.
 
-    Samples that are adversarial as they are leave the batch after the first pass, unless someone
-    observes.
+    A ``part`` goes on with some of the samples: with those that aren't adversarial as they are, and
+    with those that follow one plan.
     """
 
     def __init__(
