@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adv.attacks import pdpgd as module
+from adv.attacks._size import Size, _prox_linf
 from adv.attacks.boundary import deepfool
 from adv.attacks.common import GradientMaskingWarning, is_adversarial
 from adv.attacks.pdpgd import RECOMMENDED, THESIS, Regularizer, Settings, crossing, pdpgd
@@ -96,7 +97,7 @@ def test_the_fast_linf_prox_equals_the_exact_one(seed, weighted):
     exact = prox(u, lam, "linf", metric=metric)
     close = u
     for _ in range(4):  # from a level elsewhere, as in the attack, which comes back to it
-        close = module._prox_linf(u, lam, None, metric, close.abs().amax(dim=1))
+        close = _prox_linf(u, lam, None, metric, close.abs().amax(dim=1))
     assert torch.allclose(close, exact, atol=1e-9)
 
 
@@ -642,12 +643,12 @@ def test_relaxed_games_find_sparse_solutions_on_plateaus(thresholds, monkeypatch
 def test_relaxed_threshold_is_the_proximal_operator_of_l1_and_of_pixels():
     u, weight = torch.randn(4, 3, 2, 2), torch.tensor([0.1, 0.4, 0.7, 3.0])
     box = room(torch.rand(4, 3, 2, 2), (0.0, 1.0))
-    entries = module._Penalty("l1").relaxed(u, weight, box, 0.3)
+    entries = Size("l1").relaxed(u, weight, box, 0.3)
     assert torch.allclose(entries, prox(u, weight, "l1", box=box), atol=1e-6)
-    counted = module._Penalty("l0").relaxed(u, weight, box, 0.3)
+    counted = Size("l0").relaxed(u, weight, box, 0.3)
     assert torch.equal(counted, torch.where(entries.abs() < 0.3, 0.0, entries))
     open_box = (torch.full_like(u, -9), torch.full_like(u, 9))
-    colors = module._Penalty("group_l0").relaxed(u, weight, open_box, 0.3)
+    colors = Size("group_l0").relaxed(u, weight, open_box, 0.3)
     sizes = u.norm(dim=1, keepdim=True)
     shrunk = u * (sizes - weight[:, None, None, None]).clamp_min(0) / sizes
     largest = shrunk.abs().amax(dim=1, keepdim=True)
