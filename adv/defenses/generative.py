@@ -18,6 +18,7 @@ do not depend on the batch it is in.
 import copy
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Protocol, Self, cast
 
 import torch
@@ -126,7 +127,9 @@ class DefenseGAN(nn.Module):
 
     def inner(self, z: Float[Tensor, "B k"], x: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
         r"""The inner loss $l(z;x)=\|G(z)-x\|_2^2$, summed over the pixels."""
-        return (self.decode(z) - x).flatten(1).square().sum(dim=1)
+        made = self.decode(z)
+        _check_made(made, x)
+        return (made - x).flatten(1).square().sum(dim=1)
 
     def logits(self, z: Float[Tensor, "B k"], x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:  # noqa: ARG002
         r"""What is decided by a code: $f(G(z))$; ``x`` plays no part."""
@@ -168,7 +171,11 @@ class DefenseGAN(nn.Module):
             return self.decode(z)
 
     def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:
-        """(B, ...) inputs to (B, K) logits, without a gradient to ``x``."""
+        """(B, ...) inputs to (B, K) logits, without a gradient to ``x``.
+
+        Raises:
+            ValueError: inputs of another shape than the generator's.
+        """
         return self.logits(self.project(x), x)
 
     def reseeded(self, seed: int) -> Self:
@@ -205,7 +212,7 @@ class AnalysisBySynthesis(nn.Module):
     up to constants, the lower bound on $\log p(x\mid c)$ of a VAE of this class, with the posterior
     $\mathcal N(z,I)$ that suits it best. Of N codes drawn once from the prior, each image starts
     from the best of each class and goes L steps of Adam, codes longer than $r$ being pulled back.
-    The decoders of all classes are evaluated as one.
+    The decoders of all classes are evaluated as one. Loading a state dictionary draws anew.
 
     The codes are constants of the gradient. By the envelope theorem,
     $\nabla_xf_c=-2(x-G_c(z_c^*))$ is the whole gradient where $z_c^*$ is a minimum inside the ball.
@@ -260,6 +267,7 @@ class AnalysisBySynthesis(nn.Module):
         self._stack([_Decode(cast(Decoder, decoder)) for decoder in decoders])
         self.eval()
         self._draw()
+        self.register_load_state_dict_post_hook(_redraw)
 
     def _stack(self, parts: "list[_Decode]") -> None:
         """Keep the weights of all decoders as one batch, and one decoder without weights."""
@@ -302,7 +310,9 @@ class AnalysisBySynthesis(nn.Module):
         self, z: Float[Tensor, "B K k"], x: Float[Tensor, "B ..."]
     ) -> Float[Tensor, "B K"]:
         r"""$\ell_c(z_c;x)$ of given codes: squared error and half $\beta$ times squared length."""
-        error = (self.decode(z) - x[:, None]).flatten(2).square().sum(dim=2)
+        made = self.decode(z)
+        _check_made(made[:, 0], x)
+        error = (made - x[:, None]).flatten(2).square().sum(dim=2)
         return error + self.beta / 2 * z.square().sum(dim=2)
 
     def inner(self, z: Float[Tensor, "B K k"], x: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
@@ -348,7 +358,11 @@ class AnalysisBySynthesis(nn.Module):
         return self.energies(self.infer(x), x)
 
     def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:
-        """(B, ...) inputs to (B, K) logits, the negative losses."""
+        """(B, ...) inputs to (B, K) logits, the negative losses.
+
+        Raises:
+            ValueError: inputs of another shape than the decoders'.
+        """
         return -self.losses(x)
 
     def confidence(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:
@@ -359,8 +373,9 @@ class AnalysisBySynthesis(nn.Module):
 
         Source: Schott et al. (2019), section 3.
         """
-        likelihood = (-self.scale * self.losses(x)).exp() + self.offset
-        return likelihood / likelihood.sum(dim=1, keepdim=True)
+        # In logarithms: without an offset all likelihoods may be too small for a float.
+        log_own = -self.scale * self.losses(x)
+        return torch.logaddexp(log_own, log_own.new_tensor(self.offset).log()).softmax(dim=1)
 
     def reseeded(self, seed: int) -> Self:
         """The same defense with other draws from the prior."""
@@ -381,7 +396,7 @@ class AnalysisBySynthesis(nn.Module):
 
     def _clip(self, z: Tensor) -> Tensor:
         length = z.norm(dim=2, keepdim=True)
-        return z * (self.radius / length.clamp_min(self.radius))
+        return torch.where(length > self.radius, z * (self.radius / length), z)
 
 
 class _Decode(nn.Module):
@@ -399,6 +414,19 @@ def _layout(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
+def _redraw(defense: nn.Module, _: object) -> None:
+    """After other weights were loaded; a function of the module, so that it can be pickled."""
+    cast(AnalysisBySynthesis, defense)._draw()
+
+
+def _check_made(made: Tensor, x: Tensor) -> None:
+    """Raise where the difference would be of other shapes, broadcast to one."""
+    if made.shape != x.shape:
+        raise ValueError(f"the generator makes {tuple(made.shape)}, but x is {tuple(x.shape)}")
+
+
 def _check_steps(steps: int) -> None:
-    if steps != 0:
-        check_count("steps", steps)
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
+        raise TypeError(f"steps is an integer >= 0, not {steps!r}")
+    if steps < 0:
+        raise ValueError(f"steps is an integer >= 0, not {steps}")

@@ -1,5 +1,7 @@
 """DefenseGAN and analysis by synthesis, against closed forms, a loop and torch's optimizers."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -300,6 +302,38 @@ def test_weights_are_copied_and_move_as_one(synthesis, x):
     assert torch.allclose(again(x), before, atol=1e-2)
 
 
+def test_a_confidence_without_an_offset_does_not_underflow(synthesis, x):
+    defense = synthesis[1]
+    defense.steps, defense.scale, defense.offset = 5, 1e4, 0.0
+    p = defense.confidence(x)
+    assert (1e4 * defense.losses(x) > 1e3).all(), "float64 has no exp(-1000)"
+    assert torch.allclose(p, (-1e4 * defense.losses(x)).softmax(1))
+
+
+def test_codes_of_length_zero(synthesis, x):
+    decoders = synthesis[0]
+    defense = AnalysisBySynthesis(decoders, draws=5, steps=3, radius=0.0, lr=0.0).double()
+    assert (defense.infer(x) == 0).all()
+    wanted = torch.stack([(d.b.view(1, 3, 4) - x).flatten(1).square().sum(1) for d in decoders], 1)
+    assert torch.allclose(-defense(x), wanted)
+
+
+@pytest.mark.parametrize("way", ["itself", "copied", "saved"])
+def test_loaded_weights_are_drawn_from(way, x, tmp_path):
+    banks = [[Curved(seed).eval() for seed in seeds] for seeds in ((0, 1), (2, 3))]
+    first, second = (AnalysisBySynthesis(bank, draws=20, steps=2) for bank in banks)
+    if way == "copied":
+        first = copy.deepcopy(first)
+    if way == "saved":
+        torch.save(first, tmp_path / "defense.pt")
+        first = torch.load(tmp_path / "defense.pt", weights_only=False)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.offsets, second.offsets)
+    assert torch.equal(first(x), second(x))
+    assert torch.equal(first.reseeded(1).images, second.reseeded(1).images)
+
+
 # --------------------------------------------------------------------------------------- together
 
 
@@ -343,3 +377,27 @@ def test_decoders_are_several_of_one_architecture(linear):
         AnalysisBySynthesis([linear])
     with pytest.raises(ValueError, match="one architecture"):
         AnalysisBySynthesis([linear, Linear(noise(12, 2), noise(12), (1, 3, 4))])
+
+
+@pytest.mark.parametrize("steps", [True, False, 0.0, 2.0, "3"])
+def test_steps_are_whole(linear, steps, x):
+    with pytest.raises(TypeError, match="integer >= 0"):
+        DefenseGAN(linear, classifier(), steps=steps)
+    with pytest.raises(TypeError, match="integer >= 0"):
+        AnalysisBySynthesis([linear, linear], steps=steps)
+    with pytest.raises(TypeError, match="integer >= 0"):
+        DefenseGAN(linear, classifier()).project(x, steps=steps)
+
+
+def test_inputs_are_of_the_shape_that_is_generated(linear, x):
+    for defense in (
+        DefenseGAN(linear, classifier(), restarts=1, steps=2, lr=0.01),
+        AnalysisBySynthesis([linear, linear], draws=5, steps=2),
+    ):
+        for steps in (0, 2):
+            defense.steps = steps
+            for bad in (x[:, 0], x[:, :, None]):
+                with pytest.raises(ValueError, match="the generator makes"):
+                    defense(bad)
+    with pytest.raises(ValueError, match="the generator makes"):
+        DefenseGAN(linear, classifier()).inner(noise(5, 3), x[:1])
