@@ -12,7 +12,9 @@ its outputs depend on. Sphinx then finds them in a jupyter-cache and executes no
 
 import argparse
 import hashlib
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +37,8 @@ CELL_TIMEOUT = 600  # seconds
 LAUNCH_TAG = "launch"  # the cell that installs adv on Colab and Binder; only in stored notebooks
 
 # What a chapter's outputs depend on beside its own cells.
-INPUTS = ("adv", "constraints.txt", "reproduce/paper", "reproduce/results")
+INPUTS = ("adv", "reproduce/paper", "reproduce/results")
+RECORDS = re.compile(r"[\w./-]+/seed-\d+")  # folders of single runs: those that chapters name
 
 
 class BookError(Exception):
@@ -60,13 +63,13 @@ def toc_files(root: Path) -> list[Path]:
             for item in node:
                 yield from walk(item)
 
-    toc = yaml.safe_load((root / "_toc.yml").read_text())
+    toc = yaml.safe_load((root / "_toc.yml").read_text("utf-8"))
     return [root / f"{name}.md" for name in walk(toc)]
 
 
 def chapters(root: Path) -> list[Path]:
     """Those pages that have code cells."""
-    return [p for p in toc_files(root) if p.exists() and "{code-cell}" in p.read_text()]
+    return [p for p in toc_files(root) if p.exists() and "{code-cell}" in p.read_text("utf-8")]
 
 
 def read_chapter(path: Path) -> NotebookNode:
@@ -85,10 +88,16 @@ def read_chapter(path: Path) -> NotebookNode:
 def fingerprint(root: Path) -> str:
     """Hash of everything outside a chapter that its outputs depend on."""
     digest = hashlib.sha256(sys.version.encode())
+    installed = {f"{one.name}=={one.version}" for one in importlib.metadata.distributions()}
+    digest.update("\0".join(sorted(installed)).encode())
+    named = set().union(*(RECORDS.findall(p.read_text("utf-8")) for p in chapters(root)))
     for name in INPUTS:
         top = root / name
         files = sorted(top.rglob("*")) if top.is_dir() else [top]
         for file in files:
+            folder = file.parent.as_posix()
+            if RECORDS.search(folder) and not folder.endswith(tuple(named)):
+                continue
             if file.is_file() and "__pycache__" not in file.parts:
                 digest.update(f"{file.relative_to(root)}\0".encode())
                 digest.update(file.read_bytes())
@@ -119,7 +128,7 @@ def failure(path: Path, notebook: NotebookNode, error: Exception) -> ChapterFail
     number, cell = failed
     output = next(o for o in cell.outputs if o.output_type == "error")
     first = next((line for line in cell.source.splitlines() if line.strip()), "")
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8").splitlines()
     line = lines.index(first) + 1 if first in lines else 0
     code = "\n".join(f"    {text}" for text in cell.source.splitlines())
     return ChapterFailedError(
@@ -177,7 +186,7 @@ def merge_streams(notebook: NotebookNode) -> None:
 
 def repository(root: Path) -> dict[str, str]:
     """The ``repository`` setting of ``_config.yml``: url and branch."""
-    return yaml.safe_load((root / "_config.yml").read_text()).get("repository") or {}
+    return yaml.safe_load((root / "_config.yml").read_text("utf-8")).get("repository") or {}
 
 
 def launch_cell(root: Path) -> list[NotebookNode]:
@@ -216,7 +225,15 @@ def in_step(path: Path) -> bool:
 def store(root: Path, path: Path, notebook: NotebookNode) -> None:
     """Write the executed notebook beside its chapter, with the launch cell where there is one."""
     notebook.cells = launch_cell(root) + notebook.cells
-    nbformat.write(notebook, path.with_suffix(".ipynb"))
+    write(notebook, path.with_suffix(".ipynb"))
+
+
+def write(notebook: NotebookNode, file: Path) -> None:
+    """Write a notebook that is whole or not there, however the program ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.part")
+    nbformat.write(notebook, partial)
+    partial.replace(file)
 
 
 def seed_cache(folder: Path, notebooks: dict[Path, NotebookNode]) -> None:
@@ -238,9 +255,9 @@ def sphinx(root: Path, out: Path, config: Path | None = None) -> Path:
     command += ["--path-output", str(out), "-n", "-W", "--keep-going", "-q"]
     if config is not None:
         command += ["--config", str(config)]
-    with log.open("w") as stream:
+    with log.open("w", encoding="utf-8") as stream:
         run = subprocess.run(command, cwd=root, stdout=stream, stderr=subprocess.STDOUT)
-    text = log.read_text()
+    text = log.read_text("utf-8", errors="replace")
     if run.returncode or "Executing notebook" in text:
         raise BookError(f"{text}\nThe site could not be built (exit code {run.returncode}).")
     return out / "_build" / "html"
@@ -269,10 +286,23 @@ def forget_pages_of_other_tools(out: Path) -> None:
     """Make Sphinx read all pages again where our extension changed, which it does not notice."""
     code = [Path(__file__).with_name(name).read_bytes() for name in ("adv_book.py", "ledger.py")]
     digest, mark = hashlib.sha256(b"".join(code)).hexdigest(), out / "_build" / ".tools"
-    if not mark.exists() or mark.read_text() != digest:
+    if not mark.exists() or mark.read_text("utf-8") != digest:
         shutil.rmtree(out / "_build" / ".doctrees", ignore_errors=True)
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(digest)
+        mark.write_text(digest, "utf-8")
+
+
+def read_executed(file: Path, key: str) -> tuple[NotebookNode, float] | None:
+    """A chapter that was executed, and its seconds; None if there is none of this key."""
+    try:
+        notebook = nbformat.read(file, as_version=4)
+        mark = notebook.metadata.pop("adv")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, nbformat.ValidationError):  # damaged: executed again
+        file.unlink()
+        return None
+    return (notebook, mark["seconds"]) if mark["key"] == key else None
 
 
 def up_to_date(
@@ -281,17 +311,13 @@ def up_to_date(
     """The executed chapter and its seconds; executed now where its fingerprint has changed."""
     file = root / "_build" / "executed" / f"{path.stem}.ipynb"
     key = chapter_key(read_chapter(path), outside)
-    if file.exists() and not afresh:
-        notebook = nbformat.read(file, as_version=4)
-        mark = notebook.metadata.pop("adv")
-        if mark["key"] == key:
-            print("unchanged", flush=True)
-            return notebook, mark["seconds"]
+    if not afresh and (executed := read_executed(file, key)) is not None:
+        print("unchanged", flush=True)
+        return executed
     notebook, seconds = execute(path)
     print(f"executed in {seconds:5.1f} s", flush=True)
     notebook.metadata["adv"] = {"key": key, "seconds": round(seconds, 1)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, file)
+    write(notebook, file)
     notebook.metadata.pop("adv")
     forget_page(root, path)
     return notebook, seconds

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import yaml
@@ -25,12 +25,12 @@ COPIED = ("adv", "book", "reproduce", "tools", "_config.yml", "_toc.yml", "const
 
 def copy_project(target: Path) -> None:
     """Lay out what a chapter needs to run."""
+    # The work of paper-scale runs may be large, and no chapter reads it.
+    ignored = shutil.ignore_patterns("__pycache__", "*.ipynb", "work")
     for name in COPIED:
         source = book.ROOT / name
         if source.is_dir():
-            shutil.copytree(
-                source, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb")
-            )
+            shutil.copytree(source, target / name, ignore=ignored)
         elif source.exists():
             shutil.copy(source, target / name)
 
@@ -41,10 +41,10 @@ def outcome(chapter: str, mutation: dict[str, str]) -> tuple[bool, str]:
         target = Path(folder)
         copy_project(target)
         file = target / mutation["file"]
-        text = file.read_text()
+        text = file.read_text("utf-8")
         if text.count(mutation["find"]) != 1:
             return False, f"the text to change occurs {text.count(mutation['find'])} times"
-        file.write_text(text.replace(mutation["find"], mutation["replace"]))
+        file.write_text(text.replace(mutation["find"], mutation["replace"]), "utf-8")
         code = (
             "import sys; sys.path.insert(0, 'tools'); import book; from pathlib import Path; "
             f"book.execute(Path('book/{chapter}.md'))"
@@ -68,14 +68,18 @@ def outcome(chapter: str, mutation: dict[str, str]) -> tuple[bool, str]:
 def main() -> None:
     """Run all mutations of the chapters named, two at a time."""
     names = sys.argv[1:]
-    mutations = yaml.safe_load((book.ROOT / "tests/book/mutations.yaml").read_text())
+    mutations = yaml.safe_load((book.ROOT / "tests/book/mutations.yaml").read_text("utf-8"))
+    if unknown := [name for name in names if name not in mutations]:
+        sys.exit(f"no mutations of {', '.join(unknown)}; there are {', '.join(mutations)}")
     jobs = [(c, m) for c, ms in mutations.items() for m in ms if not names or c in names]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(lambda job: outcome(*job), jobs))
     failed = 0
-    for (chapter, mutation), (caught, said) in zip(jobs, results, strict=True):
-        failed += not caught
-        print(f"{'caught ' if caught else 'MISSED '} {chapter}: {mutation['why']}\n         {said}")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        waiting = {pool.submit(outcome, *job): job for job in jobs}
+        for one in as_completed(waiting):
+            (chapter, mutation), (caught, said) = waiting[one], one.result()
+            failed += not caught
+            print(f"{'caught ' if caught else 'MISSED '} {chapter}: {mutation['why']}")
+            print(f"         {said}", flush=True)
     print(f"{len(jobs) - failed} of {len(jobs)} mutations caught by a claim")
     sys.exit(failed > 0 or not jobs)
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -151,18 +152,79 @@ def test_a_chapter_is_executed_again_exactly_when_its_outputs_could_change(small
     first = key()
     chapter.write_text(chapter.read_text() + "\nMore prose.\n")
     assert key() == first
-    for name in ("adv/__init__.py", "constraints.txt", "book/tiny.md"):
+    for name in ("adv/__init__.py", "book/tiny.md"):
         before, text = key(), (small_book / name).read_text()
         (small_book / name).write_text(
-            text.replace("value", "number")
-            + "# changed\n" * ("adv" in name or "constraints" in name)
+            text.replace("value", "number") + "# changed\n" * ("adv" in name)
         )
         assert key() != before, name
-    weights = small_book / "adv/weights/new.safetensors"
-    weights.parent.mkdir(exist_ok=True)
-    before = key()
-    weights.write_bytes(b"x")
-    assert key() != before
+    read = ("adv/weights/new.safetensors", "reproduce/paper/p.yaml", "reproduce/results/p-1.json")
+    for name in (*read, "reproduce/results/exact/net.json", "reproduce/results/benchmark/net.json"):
+        before = key()
+        (small_book / name).parent.mkdir(parents=True, exist_ok=True)
+        (small_book / name).write_bytes(b"x")
+        assert key() != before, name
+    record = small_book / "reproduce/results/p/digits/mlp/none/seed-1/train.json"
+    record.parent.mkdir(parents=True)
+    for named in (False, True):
+        if named:
+            text = chapter.read_text() + "\n`p/digits/mlp/none/seed-1` and `x/seed-0`\n"
+            chapter.write_text(text)
+        before = key()
+        record.write_bytes(b"xy" if named else b"x")
+        assert (key() != before) == named, "a single run's record counts where a chapter names it"
+
+
+def test_chapters_name_the_records_of_single_runs_in_one_piece():
+    for path in CHAPTERS:
+        for line in filter(lambda line: "seed-" in line, path.read_text().splitlines()):
+            (folder,) = book.RECORDS.findall(line)
+            assert (ROOT / "reproduce/results" / folder).is_dir(), line
+
+
+def test_a_chapter_is_executed_again_where_other_versions_are_installed(small_book, monkeypatch):
+    def installed(*pairs):
+        some = [SimpleNamespace(name=name, version=version) for name, version in pairs]
+        monkeypatch.setattr("importlib.metadata.distributions", lambda: some)
+        return book.fingerprint(small_book)
+
+    first = installed(("torch", "2.6"), ("numpy", "2.0"))
+    assert installed(("numpy", "2.0"), ("torch", "2.6")) == first
+    assert installed(("torch", "2.7"), ("numpy", "2.0")) != first
+
+
+def test_a_build_that_was_stopped_does_not_break_the_next(small_book, monkeypatch):
+    chapter, file = small_book / "book/tiny.md", small_book / "_build/executed/tiny.ipynb"
+    executed = book.read_chapter(chapter)
+    runs = []
+
+    def execute(path):
+        runs.append(path)
+        return book.read_chapter(path), 1.0
+
+    monkeypatch.setattr(book, "execute", execute)
+    book.up_to_date(small_book, chapter, "outside")
+    book.up_to_date(small_book, chapter, "outside")
+    assert len(runs) == 1
+    whole = file.read_bytes()
+    for rest in (b"", whole[:200], b"{}"):
+        file.write_bytes(rest)
+        notebook, _ = book.up_to_date(small_book, chapter, "outside")
+        assert notebook.cells == executed.cells
+        assert file.read_bytes() == whole
+    assert len(runs) == 4
+
+    def stopped(notebook, partial):
+        Path(partial).write_bytes(whole[:200])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(book.nbformat, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        book.up_to_date(small_book, chapter, "elsewhere")
+    with pytest.raises(KeyboardInterrupt):
+        book.store(small_book, chapter, notebook)
+    assert file.read_bytes() == whole
+    assert not chapter.with_suffix(".ipynb").exists()
 
 
 def test_the_launch_cell_follows_the_one_setting(small_book):
