@@ -20,13 +20,14 @@ help:
 	@echo "make lab        open the book in JupyterLab"
 	@echo "make notebooks  execute every chapter and store its outputs (ONLY=name for one)"
 	@echo "make mutants    break the code on purpose: do the chapters' claims notice?"
-	@echo "make bench      measure speed, and strength against cost"
+	@echo "make bench      measure speed, and show the stored strength against cost (STORE=1 to run it)"
 	@echo "make reproduce  compute the papers' tables and figures (TABLE=convex-3 for one, DRY=1 to look)"
 	@echo "make clean      remove what was built (make distclean: the environment too)"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; try: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || \
+	    { rm -f $@; echo "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
 $(BOOK): | $(VENV)/bin/python
 	@echo "Installing the book's packages into $(VENV) (some GB with PyTorch; once) ..."
@@ -81,13 +82,13 @@ mutants: $(TEST)
 	$(BIN)/python tools/mutants.py $(ONLY)
 
 bench: $(TEST)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(if $(filter-out 0,$(STORE)),--store)
 
 # What the variables mean: reproduce/README.md.
 reproduce: $(RUNS)
-	$(BIN)/python -m reproduce $(TABLE) $(FIGURE) $(if $(DRY),--dry) $(if $(ONLY),--only=$(ONLY)) \
-	    $(if $(SKIP),--skip=$(SKIP)) $(if $(PROFILE),--profile=$(PROFILE)) $(if $(CORES),--cores=$(CORES)) \
-	    $(if $(RESULTS),--results=$(RESULTS) --work=$(RESULTS)/work)
+	$(BIN)/python -m reproduce $(TABLE) $(FIGURE) $(if $(filter-out 0,$(DRY)),--dry) $(if $(ONLY),--only='$(ONLY)') \
+	    $(if $(SKIP),--skip='$(SKIP)') $(if $(PROFILE),--profile='$(PROFILE)') $(if $(CORES),--cores=$(CORES)) \
+	    $(if $(RESULTS),--results='$(RESULTS)' --work='$(RESULTS)/work')
 
 clean:
 	rm -rf _build book/ledger.md .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

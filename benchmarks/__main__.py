@@ -2,6 +2,8 @@
 
 ``python -m benchmarks speed`` or ``strength`` does one of the two. Each row of speed times two ways
 to do the same thing in one run and prints their ratio, because times alone wander with the machine.
+Strength is shown as it is stored; ``--store`` runs what is missing or of older code, which takes
+hours, and rewrites the files in ``reproduce/results/benchmark``.
 Nothing here is asserted: tests of speed are not tests of truth.
 """
 
@@ -133,7 +135,7 @@ def speed() -> None:
 
 
 def contests(given: argparse.Namespace) -> None:
-    """Run the attacks that are not stored yet, and print the tables."""
+    """Print the tables; to ``store`` them, run the attacks that are not stored yet before that."""
     from benchmarks import strength
     from reproduce import optima
     from reproduce.files import read
@@ -144,7 +146,14 @@ def contests(given: argparse.Namespace) -> None:
         chosen = {} if not given.norms else {"norms": tuple(given.norms.split(","))}
         if given.budgets:
             chosen["budgets"] = tuple(int(steps) for steps in given.budgets.split(","))
-        content = strength.contest(network, trust=given.trust, **chosen)
+        content = (
+            strength.contest(network, trust=given.trust, **chosen)
+            if given.store
+            else read(strength.path(network.name))
+        )
+        if content is None:
+            print(f"\n{network.name}: nothing stored yet; --store runs it")
+            continue
         known = read(optima.path(network.name)) if network.first else None
         print(f"\n{network.name}, {len(content['images'])} images of {content['data']}")
         print(strength.table(content, known).to_string(float_format=lambda v: f"{v:.4g}"))
@@ -157,6 +166,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="networks, separated by commas")
     parser.add_argument("--norms", default="", help="separated by commas")
     parser.add_argument("--budgets", default="", help="passes, separated by commas")
+    parser.add_argument("--store", action="store_true", help="run the attacks, store the rows")
     parser.add_argument("--trust", action="store_true", help="keep rows of older code")
     given = parser.parse_args()
     if given.part != "strength":

@@ -1,4 +1,4 @@
-"""Strength against cost: ``python -m benchmarks strength``, or ``make bench``.
+"""Strength against cost: ``python -m benchmarks strength --store``, or ``make bench STORE=1``.
 
 Each attack gets the same budgets of passes. What it spent is counted and timed from outside, in
 units of the bare forward and backward pass of the same batch, timed right before and after; what it

@@ -9,6 +9,7 @@ from adv.attacks.pdpgd import pdpgd
 from adv.lab import data, peers, zoo
 from adv.lab.evaluation import minimal_norms
 from benchmarks import strength
+from benchmarks.__main__ import main
 from benchmarks.strength import Network, contest, path, table
 
 NETWORK = Network("digits/mlp-24", 6, first=True)
@@ -76,3 +77,26 @@ def test_every_norm_has_ours_and_a_peer_and_mnist_is_replaced_where_missing(monk
         "digits/cnn",
         "digits/cnn-at",
     ]
+
+
+def test_make_bench_shows_what_is_stored_and_runs_nothing_unasked(raced, monkeypatch, capsys):
+    _, _, folder = raced
+    file = path(NETWORK.name, folder)
+    before = file.read_bytes()
+    monkeypatch.setattr(
+        strength, "networks", lambda: [Network(NETWORK.name, 6), Network("digits/cnn", 5)]
+    )
+    monkeypatch.setattr(strength, "path", lambda name: path(name, folder))
+    monkeypatch.setattr(strength, "contest", pytest.fail)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "strength"])
+    main()
+    told = capsys.readouterr().out
+    assert "digits/mlp-24, 6 images of digits" in told
+    assert "peers.ddn" in told
+    assert "digits/cnn: nothing stored yet" in told
+    assert file.read_bytes() == before
+    given = []
+    monkeypatch.setattr(strength, "contest", lambda one, **_: given.append(one) or raced[0])
+    monkeypatch.setattr("sys.argv", ["benchmarks", "strength", "--store", "--only=digits/mlp-24"])
+    main()
+    assert [one.name for one in given] == [NETWORK.name]
