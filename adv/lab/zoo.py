@@ -11,7 +11,9 @@ import json
 import os
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +74,6 @@ class Entry:
         defense: for ``VAEs``: the settings with which ``AnalysisBySynthesis`` of
             ``defenses.generative`` classifies by them, for the accuracies.
         seed: of the initial weights and of the training.
-        cached: weights too large for the package, which live in the user's cache once trained.
         record: written by ``store``: ``command``, ``sha256``, ``parameters``, ``clean``, ``robust``
             (fractions of 1, on the test set) or, of a task, ``psnr`` (in dB, the mean over the test
             set) or the game's last ``distance``, ``seconds``, ``device``, ``threads``, ``torch``.
@@ -88,7 +89,6 @@ class Entry:
     critic: Mapping[str, Any] = field(default_factory=dict)
     defense: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    cached: bool = False
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,14 +97,9 @@ class Entry:
         return f"adv train {self.name}"
 
     @property
-    def remedy(self) -> str:
-        """The command line that puts these weights where ``load`` looks for them."""
-        return self.command if self.cached else f"{self.command} --store"
-
-    @property
     def path(self) -> Path:
-        """The file of its weights, in the package or in the user's cache."""
-        return (_cache() if self.cached else WEIGHTS) / f"{self.name}.safetensors"
+        """The file of its weights in the package."""
+        return WEIGHTS / f"{self.name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -190,20 +185,21 @@ def load(name: str, device: torch.device | str | None = None) -> nn.Module:
         FileNotFoundError: no weights yet; the message says how to make them.
     """
     wanted = entry(name)
+    remedy = f"{wanted.command} --store"
     if not wanted.path.is_file():
-        raise FileNotFoundError(f"no weights at {wanted.path}; make them with: {wanted.remedy}")
-    record, found = _record(wanted), _sha256(wanted.path)
-    if found != record.get("sha256"):
+        raise FileNotFoundError(f"no weights at {wanted.path}; make them with: {remedy}")
+    recorded, found = wanted.record.get("sha256"), _sha256(wanted.path)
+    if found != recorded:
         raise ValueError(
-            f"{wanted.path} has sha256 {found}, its record says {record.get('sha256')}: the file "
-            f"was changed or cut short; restore it, or make it again with: {wanted.remedy}"
+            f"{wanted.path} has sha256 {found}, its record says {recorded}: the file was changed "
+            f"or cut short; restore it, or make it again with: {remedy}"
         )
     model = models.build(**wanted.model)
     try:
         model.load_state_dict(load_file(wanted.path))
     except RuntimeError as error:
         raise ValueError(
-            f"{wanted.path} does not fit its recipe; make it again with: {wanted.remedy}"
+            f"{wanted.path} does not fit its recipe; make it again with: {remedy}"
         ) from error
     return model.to(device or "cpu").eval()
 
@@ -219,26 +215,26 @@ def train(name: str, out: Path | str | None = None, *, progress: bool = True) ->
 
     Args:
         name: one of ``names()``.
-        out: file to write the new weights to. By default nothing is written, except that a network
-            of the user's cache that is not there, or is damaged, goes there.
+        out: file to write the new weights to, in a folder that is made if need be. By default
+            nothing is written.
         progress: show the progress bar.
 
     Raises:
-        ValueError: unknown name, or what the recipe's parts refuse.
+        ValueError: unknown name, an ``out`` that is there and no file, or what the recipe's parts
+            refuse.
+        OSError: no file can be written at ``out``; before the training, not after it.
     """
     wanted = entry(name)
+    if out is not None:
+        _check_writable(Path(out))
     stored = _stored(name)
     model, made = _make(wanted, progress)
-    if out is None and wanted.cached and stored is None:
-        out = wanted.path
     if out is not None:
         made |= {"sha256": _write(model, Path(out))}
-        if Path(out) == wanted.path and wanted.cached:
-            wanted.path.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
     return Comparison(
         name=name,
         made=made,
-        stored={} if stored is None else _record(wanted),
+        stored={} if stored is None else wanted.record,
         difference=None if stored is None else _difference(model, stored),
         agreement=None if stored is None else _agreement(wanted, model, stored),
         path=None if out is None else Path(out),
@@ -248,25 +244,25 @@ def train(name: str, out: Path | str | None = None, *, progress: bool = True) ->
 def store(name: str, *, progress: bool = True) -> Comparison:
     """Train a network of the package and make the result its stored weights and record.
 
-    For those who add or change a recipe; a reader wants ``train``.
+    For those who add or change a recipe; a reader wants ``train``. Each file is replaced as a
+    whole, and several processes may store at once.
 
     Args:
-        name: one of ``names()``, not of the user's cache.
+        name: one of ``names()``.
         progress: show the progress bar.
 
     Returns:
         The comparison with what was stored before.
     """
     wanted = entry(name)
-    if wanted.cached:
-        raise ValueError(f"{name} belongs in the user's cache; use train({name!r})")
-    partial = wanted.path.with_suffix(".part")
-    told = replace(train(name, partial, progress=progress), path=wanted.path)
-    partial.replace(wanted.path)
-    # Read again: another recipe may have been stored while this one was training.
-    entries = _manifest()
-    entries[name]["record"] = dict(told.made)
-    (WEIGHTS / MANIFEST).write_text(_toml(entries), encoding="utf-8")
+    with _beside(wanted.path) as weights:
+        told = replace(train(name, weights, progress=progress), path=wanted.path)
+        with _lock(), _beside(WEIGHTS / MANIFEST) as manifest:
+            # Read again: another recipe may have been stored while this one was training.
+            entries = _manifest()
+            entries[name]["record"] = dict(told.made)
+            manifest.write_text(_toml(entries), encoding="utf-8")
+            _replace(weights, wanted.path)
     return told
 
 
@@ -388,22 +384,58 @@ def _manifest() -> dict[str, dict[str, Any]]:
     return tomllib.loads((WEIGHTS / MANIFEST).read_text(encoding="utf-8"))
 
 
-def _record(wanted: Entry) -> Mapping[str, Any]:
-    """In the manifest; for weights of the user's cache, in a file beside them."""
-    beside = wanted.path.with_suffix(".json")
-    return json.loads(beside.read_text()) if wanted.cached and beside.is_file() else wanted.record
+@contextmanager
+def _lock() -> Iterator[None]:
+    """Keeps other processes from storing, where the system and the folder have locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder = os.open(WEIGHTS, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network folders have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
-def _cache() -> Path:
-    """``ADV_CACHE``, or ``adv`` in the user's cache folder."""
-    return Path(os.environ.get("ADV_CACHE") or data.cache().parent)
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name for a new file that takes the place of ``path`` at the end, as a whole or not at all.
+
+    The block may have moved the file there by itself.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield new
+        if new.exists():
+            _replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _replace(new: Path, path: Path) -> None:
+    with new.open("rb+") as file:
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _check_writable(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; give the name of one to write the weights to")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"no file can be written in {path.parent}")
 
 
 def _write(model: nn.Module, path: Path) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, path)
-    path.chmod(0o644)  # safetensors writes files that only their owner can read
+    with _beside(path.resolve()) as new:
+        save_file(tensors, new)
+        new.chmod(0o644)  # safetensors writes files that only their owner can read
     return _sha256(path)
 
 

@@ -2,8 +2,11 @@
 
 import hashlib
 import math
+import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,12 +35,6 @@ model = { name = "mlp", sizes = [64, 12, 10], activation = "tanh" }
 training = { epochs = 1, batch_size = 100, lr = 0.01, schedule = "cosine", best = true }
 loss = { name = "adversarial.vat", eps = 0.5, power_steps = 2 }
 attack = { name = "gradient.fgsm", eps = 0.1, norm = "linf" }
-
-["tiny/large"]
-data = "digits"
-model = { name = "mlp", sizes = [64, 10] }
-training = { epochs = 1 }
-cached = true
 
 ["tiny/autoencoder"]
 data = "digits"
@@ -68,12 +65,11 @@ task = "game"
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A zoo of seven recipes without weights, and an empty cache."""
+    """A zoo of six recipes without weights."""
     weights = tmp_path / "weights"
     weights.mkdir()
     (weights / zoo.MANIFEST).write_text(RECIPE)
     monkeypatch.setattr(zoo, "WEIGHTS", weights)
-    monkeypatch.setenv("ADV_CACHE", str(tmp_path / "cache"))
     return weights
 
 
@@ -176,17 +172,6 @@ def test_what_does_not_fit_is_made_anew(tiny, tmp_path):
         zoo.load("tiny/plain")
     assert store("tiny/plain").made["parameters"] == 65 * 5 + 6 * 10
     zoo.load("tiny/plain")
-    file = train("tiny/large").path
-    file.write_bytes(b"")
-    assert train("tiny/large").path == file
-    zoo.load("tiny/large")
-
-
-def test_the_cache_is_beside_the_data(monkeypatch, tmp_path):
-    monkeypatch.delenv("ADV_CACHE", raising=False)
-    for value in (str(tmp_path), "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert zoo._cache() / "data" == data.cache()
 
 
 def test_unknown_and_untrained_networks(tiny):
@@ -194,7 +179,7 @@ def test_unknown_and_untrained_networks(tiny):
         zoo.load("tiny/nothing")
     with pytest.raises(FileNotFoundError, match="adv train tiny/vat"):
         zoo.load("tiny/vat")
-    assert zoo.names()[:3] == ("tiny/plain", "tiny/vat", "tiny/large")
+    assert zoo.names()[:3] == ("tiny/plain", "tiny/vat", "tiny/autoencoder")
 
 
 def test_losses_come_from_the_recipe(tiny, monkeypatch):
@@ -328,20 +313,64 @@ def test_unknown_task(tiny):
         train("tiny/autoencoder")
 
 
-def test_large_weights_live_in_the_cache_with_their_record(tiny, tmp_path):
-    with pytest.raises(ValueError, match="cache"):
-        store("tiny/large")
-    told = train("tiny/large")
-    file = tmp_path / "cache" / "tiny" / "large.safetensors"
-    assert told.path == file
-    assert "clean" not in told.made
-    zoo.load("tiny/large")
-    again = train("tiny/large")
-    assert (again.difference, again.path) == (0, None)
-    assert file.stat().st_mode & 0o777 == 0o644
-    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(ValueError, match="sha256"):
-        zoo.load("tiny/large")
+def test_weights_can_be_read_by_all_and_a_link_stays_one(tiny, tmp_path):
+    """Also where the file is replaced as a whole."""
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "new" / "real.safetensors")
+    train("tiny/plain", tmp_path / "link.safetensors")
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert (tmp_path / "new" / "real.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("bad", ["weights", "file/below.safetensors"])
+def test_a_bad_place_is_refused_before_the_training(tiny, tmp_path, monkeypatch, bad):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(zoo, "fit", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises((ValueError, OSError), match=r"is no file|exists|Not a directory"):
+        train("tiny/plain", tmp_path / bad)
+
+
+@pytest.mark.parametrize("point", ["write_text", "_replace"])
+def test_a_store_cut_short_leaves_the_old_files(tiny, monkeypatch, point):
+    store("tiny/plain")
+    before = {p: p.read_bytes() for p in tiny.rglob("*") if p.is_file()}
+    manifest = (tiny / zoo.MANIFEST).read_text()
+    (tiny / zoo.MANIFEST).write_text(manifest.replace("seed = 3", "seed = 4"))
+    before[tiny / zoo.MANIFEST] = (tiny / zoo.MANIFEST).read_bytes()
+    real = {"write_text": Path.write_text, "_replace": zoo._replace}[point]
+
+    def fail(path, *arguments, **settings):
+        """Half of the manifest; or the weights, once they are written beside the stored ones."""
+        if point == "write_text":
+            real(path, arguments[0][:100])
+            raise OSError("the disk is full")
+        if arguments[0] == tiny / "tiny" / "plain.safetensors":
+            raise OSError("the disk is full")
+        real(path, *arguments)
+
+    monkeypatch.setattr(*((Path, point) if point == "write_text" else (zoo, point)), fail)
+    with pytest.raises(OSError, match="disk is full"):
+        store("tiny/plain")
+    assert {p: p.read_bytes() for p in tiny.rglob("*") if p.is_file()} == before
+    zoo.load("tiny/plain")
+
+
+def test_storing_waits_for_another_and_keeps_what_it_wrote(tiny):
+    pytest.importorskip("fcntl")
+    manifest = tiny / zoo.MANIFEST
+    other = '["tiny/other"]\ndata = "digits"\nmodel = { name = "mlp" }\ntraining = {}\n'
+    with ThreadPoolExecutor(1) as pool:
+        with zoo._lock():
+            told = pool.submit(store, "tiny/plain")
+            while not told.done() and not list(tiny.glob("tiny/*")):  # until it has trained
+                time.sleep(0.01)
+            time.sleep(0.2)
+            assert manifest.read_text() == RECIPE
+            assert not told.done()
+            manifest.write_text(RECIPE + other)
+        told.result(timeout=20)
+    assert zoo.names()[-1] == "tiny/other"
+    assert "sha256" in zoo.entry("tiny/plain").record
+    zoo.load("tiny/plain")
 
 
 def test_storing_keeps_the_other_entries(tiny):
@@ -360,7 +389,7 @@ def test_toml_survives_awkward_values():
 # ---------------------------------------------------------------------------------- what ships
 
 
-SHIPPED = [name for name in zoo.names() if not zoo.entry(name).cached]
+SHIPPED = list(zoo.names())
 CLASSIFIERS = [name for name in SHIPPED if not zoo.entry(name).task]
 
 
