@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adv.attacks.common import check_number
+from adv.attacks.common import check_count, check_labels, check_number
 from adv.attacks.confidence import unrolled
 
 __all__ = [
@@ -89,19 +89,32 @@ class RunningConfidence(nn.Module):
 
     def __init__(self, classes: int, decay: float = 0.5) -> None:
         super().__init__()
+        check_count("classes", classes)
         check_number("decay", decay, high=1)
         self.register_buffer("mean", torch.ones(classes))
         self.decay = decay
 
     @torch.no_grad()
     def forward(self, logits: Float[Tensor, "B K"]) -> Float[Tensor, " K"]:
-        """Take in the logits of a clean batch; the means after it."""
-        sure, said = logits.softmax(dim=1).max(dim=1)
+        """Take in the logits of a clean batch.
+
+        Args:
+            logits: (B, K); a class whose mean would not be finite keeps its value.
+
+        Returns:
+            (K,) the means after it, which later batches leave as they are.
+
+        Raises:
+            ValueError: logits of another number of classes.
+        """
+        if logits.ndim != 2 or logits.shape[1] != len(self.mean):
+            raise ValueError(f"logits must be (B, {len(self.mean)}), not {tuple(logits.shape)}")
+        sure, said = logits.to(self.mean.dtype).softmax(dim=1).max(dim=1)
         count = torch.zeros_like(self.mean).index_add(0, said, torch.ones_like(sure))
         total = torch.zeros_like(self.mean).index_add(0, said, sure)
         moved = self.decay * self.mean + (1 - self.decay) * total / count.clamp_min(1)
-        self.mean.copy_(torch.where(count > 0, moved, self.mean))
-        return self.mean
+        self.mean.copy_(torch.where((count > 0) & moved.isfinite(), moved, self.mean))
+        return self.mean.clone()
 
 
 def critic_loss(
@@ -119,6 +132,9 @@ def critic_loss(
         y: (B,) their labels.
         x_adv: adversarial images.
         y_adv: (B,) the classes $t$ that they are taken for.
+
+    Raises:
+        TypeError, ValueError: labels that are not int64, or not one for each image.
 
     Source: Matyasko (2020), (4.3) as corrected by errata 14; chapter ``critic``.
     """
@@ -141,6 +157,9 @@ def slope_penalty(
 
     Returns:
         A scalar that can be differentiated with respect to the critic's weights.
+
+    Raises:
+        TypeError, ValueError: outputs that are not int64, or not one for each image.
 
     Source: Matyasko (2020), section 4.2; chapter ``critic``.
     """
@@ -165,6 +184,10 @@ def fooling_loss(
 
     Returns:
         The mean, 0 where no image counts.
+
+    Raises:
+        TypeError, ValueError: classes that are not int64, or classes or ``counts`` that are not one
+            for each image.
 
     Source: Matyasko (2020), (4.4) as corrected by errata 15; chapter ``critic``.
     """
@@ -198,19 +221,31 @@ def cycle_loss(
         The mean, in squared units of the images; 0 where no image counts. The thesis prints it
         without the square (errata 19).
 
+    Raises:
+        TypeError, ValueError: images, classes or ``counts`` of shapes that don't fit, or a way back
+            that makes no sense.
+
     Source: Matyasko (2020), (4.5); chapter ``critic``.
     """
+    if x.shape != x_adv.shape:
+        raise ValueError(f"x_adv must be shaped like x, {tuple(x.shape)}, not {tuple(x_adv.shape)}")
     back = unrolled(model, x_adv, said, confidence=confidence, steps=steps, overshoot=overshoot)
     return _mean((back - x).flatten(1).square().sum(dim=1), counts)
 
 
 def _claimed(critic: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, " B"]:
     """The critic's logit for the class that each image is said to be of."""
+    check_labels(x, y)
     return critic(x).gather(1, y[:, None]).squeeze(1)
 
 
 def _mean(values: Tensor, counts: Tensor | None) -> Tensor:
     if counts is None:
         return values.mean()
+    if counts.shape != values.shape or counts.dtype != torch.bool:
+        raise ValueError(
+            f"counts must be ({len(values)},) booleans, one for each image, not {counts.dtype} of "
+            f"shape {tuple(counts.shape)}"
+        )
     # The sum of a selection, not of products: 0 times an infinite value would be NaN.
     return torch.where(counts, values, 0.0).sum() / counts.sum().clamp_min(1)

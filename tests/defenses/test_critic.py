@@ -155,6 +155,39 @@ def test_running_confidence_by_loops():
     assert mean[2] == 1.0
 
 
+def test_a_class_with_one_image_has_its_confidence():
+    logits = torch.tensor([[0.0, 3.0, 0.0], [2.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    p = logits.softmax(1).amax(1).tolist()
+    found = RunningConfidence(3, decay=0.0)(logits).tolist()
+    assert found == pytest.approx([(p[1] + p[2]) / 2, p[0], 1.0])
+
+
+def test_what_was_returned_stays_as_it_was():
+    running = RunningConfidence(2)
+    first = running(torch.tensor([[1.0, 0.0]]))
+    kept = first.tolist()
+    second = running(torch.tensor([[0.5, 0.0]]))
+    assert first.tolist() == kept != second.tolist()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_batch_that_is_not_finite_is_passed_over(bad):
+    running = RunningConfidence(2)
+    before = running(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    logits = torch.tensor([[bad, 0.0], [0.0, 1.0]])
+    after = running(logits)
+    assert after[0] == before[0]
+    assert after[1].item() == pytest.approx((before[1].item() + 1 / (1 + math.exp(-1))) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_confidences_of_any_precision(dtype):
+    logits = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    found = RunningConfidence(2)(logits.to(dtype))
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, RunningConfidence(2)(logits), rtol=1e-2)
+
+
 # the network
 
 
@@ -178,8 +211,41 @@ def test_noise_is_there_in_training_only():
         (lambda: Critic((6, 3), noise=(-1.0, 0.0)), ValueError),
         (lambda: Critic((6, 3))(torch.rand(2, 7)), ValueError),
         (lambda: RunningConfidence(3, decay=1.5), ValueError),
+        (lambda: RunningConfidence(0), ValueError),
+        (lambda: RunningConfidence(3)(torch.rand(5, 2)), ValueError),
+        (lambda: RunningConfidence(3)(torch.rand(3)), ValueError),
     ],
 )
 def test_refuses(build, error):
     with pytest.raises(error):
         build()
+
+
+X, Y = torch.rand(5, 6), torch.tensor([0, 1, 2, 0, 1])
+COUNTS = torch.ones(5, dtype=torch.bool)
+PLAIN = nn.Linear(6, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: critic_loss(PLAIN, X, Y[:2], X, Y), ValueError, "one label for each"),
+        (lambda: critic_loss(PLAIN, X, Y, X, Y[:, None]), ValueError, "one label for each"),
+        (lambda: critic_loss(PLAIN, X, Y.int(), X, Y), TypeError, "int64"),
+        (lambda: slope_penalty(PLAIN, X, Y[:2]), ValueError, "one label for each"),
+        (lambda: fooling_loss(PLAIN, X, Y[:2]), ValueError, "one label for each"),
+        (lambda: fooling_loss(PLAIN, X, Y, COUNTS[:, None]), ValueError, "counts must"),
+        (lambda: fooling_loss(PLAIN, X, Y, COUNTS[:1]), ValueError, "counts must"),
+        (lambda: fooling_loss(PLAIN, X, Y, COUNTS.float()), ValueError, "counts must"),
+        (lambda: cycle_loss(PLAIN, X[:1], Y, X, confidence=0.9), ValueError, "shaped like x"),
+        (lambda: cycle_loss(PLAIN, X, Y[:1], X, confidence=0.9), ValueError, "one label for each"),
+        (
+            lambda: cycle_loss(PLAIN, X, Y, X, confidence=0.9, counts=COUNTS[:, None]),
+            ValueError,
+            "counts must",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
