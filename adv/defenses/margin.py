@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adv.attacks.common import Loss as Values
-from adv.attacks.common import Model, check_number, margin
+from adv.attacks.common import Model, check_labels, check_number, margin
 from adv.attacks.common import objective as named
 from adv.geometry import Norm, dual_norm, exponent
 
@@ -145,12 +145,13 @@ def sensitivity(
         (B,) values with a graph to the model's parameters, also under ``torch.no_grad()``.
 
     Raises:
-        TypeError, ValueError: an unknown norm; no logits (B, K) with K >= 2.
+        TypeError, ValueError: an unknown norm; inputs or logits that are not finite; labels out of
+            range, not int64 or not one for each sample; no logits (B, K) with K >= 2.
 
     Source: Matyasko (2020), section 3.4; chapter ``margin``.
     """
     exponent(norm)
-    logits, z = _record(model, x)
+    logits, z = _checked(model, x, y)
     return _length(logits, z, y, _lengths(logits, z, y, norm).argmax(dim=1), norm)
 
 
@@ -169,12 +170,13 @@ def sensitivities(
         (B, K) norms, in logits per unit of ``x``.
 
     Raises:
-        TypeError, ValueError: an unknown norm; no logits (B, K) with K >= 2.
+        TypeError, ValueError: an unknown norm; inputs or logits that are not finite; labels out of
+            range, not int64 or not one for each sample; no logits (B, K) with K >= 2.
 
     Source: Matyasko (2020), (3.15)-(3.17); chapter ``margin``.
     """
     exponent(norm)
-    return _lengths(*_record(model, x), y, norm)
+    return _lengths(*_checked(model, x, y), y, norm)
 
 
 # ------------------------------------------------------------------------------------- baselines
@@ -198,9 +200,10 @@ def double_backpropagation(weight: float) -> Loss:
 
     def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         logits, z = _record(model, x)
-        value = functional.cross_entropy(logits, y, reduction="none")
-        (gradient,) = torch.autograd.grad(value.sum(), z, create_graph=True)
-        return (value + weight * gradient.float_power(2).flatten(1).sum(dim=1)).mean()
+        with torch.enable_grad():
+            value = functional.cross_entropy(logits, y, reduction="none")
+            (gradient,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+            return (value + weight * gradient.to(value).square().flatten(1).sum(dim=1)).mean()
 
     return total
 
@@ -245,6 +248,20 @@ def _record(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(f"the model must return logits (B, K >= 2), not {tuple(logits.shape)}")
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), z
+
+
+def _checked(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``_record``, of inputs and labels that make sense."""
+    check_labels(x, y)
+    logits, z = _record(model, x)
+    known = (y >= 0) & (y < logits.shape[1])
+    finite = torch.cat([x.flatten(1), logits], dim=1).isfinite().all(dim=1)
+    if not bool((known & finite).all()):
+        if bool(known.all()):
+            raise ValueError("x or the model's logits are not finite")
+        first, last = int(y.min()), int(y.max())
+        raise ValueError(f"labels lie in 0..{logits.shape[1] - 1}, but y spans {first}..{last}")
+    return logits, z
 
 
 def _lengths(logits: Tensor, z: Tensor, y: Tensor, norm: Norm) -> Tensor:

@@ -1,5 +1,6 @@
 """The margin losses against loops over classes, finite differences, grids and closed forms."""
 
+import copy
 import math
 from functools import partial
 
@@ -243,6 +244,19 @@ def test_double_backpropagation():
     check_slope(double_backpropagation(0.7), model, x, y)
 
 
+def test_double_backpropagation_keeps_the_precision_and_needs_no_recording():
+    model, (x, y) = tanh_net(), batch()
+    wanted, loss = double_backpropagation(0.7)(model, x, y), double_backpropagation(0.7)
+    single = copy.deepcopy(model).float()
+    value = loss(single, x.float(), y)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, wanted, check_dtype=False)
+    half = copy.deepcopy(model).bfloat16()
+    assert loss(half, x.bfloat16(), y).dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(loss(model, x, y), wanted)
+
+
 def test_contractive():
     model, (x, y) = tanh_net(), batch()
     _, jacobian = class_gradients(model, x)
@@ -349,3 +363,20 @@ def test_outputs_are_refused():
             function(lambda z: z[:, :1], x, y)
     with pytest.raises(ValueError, match="norm"):
         sensitivity(tanh_net(), x, y, "l0")
+
+
+@pytest.mark.parametrize("function", [sensitivity, sensitivities])
+def test_inputs_are_refused(function):
+    relu, (x, y) = models.build("mlp", sizes=(6, 10, 4), seed=0).double(), batch()
+    for bad in (-1, 4):
+        with pytest.raises(ValueError, match=r"labels lie in 0\.\.3"):
+            function(relu, x, torch.where(y == 2, bad, y))
+    with pytest.raises(TypeError, match="int64"):
+        function(relu, x, y.int())
+    with pytest.raises(ValueError, match="one label for each"):
+        function(relu, x, y[:2])
+    for bad in (math.nan, math.inf):
+        spoilt = x.clone()
+        spoilt[1, 2] = bad
+        with pytest.raises(ValueError, match="not finite"):
+            function(relu, spoilt, y)
