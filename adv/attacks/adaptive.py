@@ -5,15 +5,19 @@ $h(z^*(x),x)$ shows no gradient: its solver is run, not differentiated. The func
 part make a *model* of it, with the same output and a gradient of their own: ``bpda`` pretends that
 the solver is the identity, ``nes`` asks the defense at random points, ``backtracking`` unrolls
 $T'$ steps of plain gradient descent from the solution, ``implicit`` solves the linear system of the
-implicit function theorem. Every attack of the package can be run on such a model. Solver, inner
-loss $l$ and readout $h$ are callables, so that nothing here knows a particular defense; inner
-losses of different samples must not interact, and networks are in evaluation mode.
+implicit function theorem. Every attack that asks for gradients can be run on such a model. Those
+that ask for products $Ju$ as well (``jacobian``, ``regression.quadratic``), and training through an
+attack, differentiate the gradient itself: ``bpda`` and ``backtracking`` with a recorded graph allow
+that, and the others raise. Solver, inner loss $l$ and readout $h$ are callables, so that nothing
+here knows a particular defense; inner losses of different samples must not interact, and networks
+inside these callables are in evaluation mode.
 
 The second part are attacks: ``distortion_search``, the common outer loop, and ``latent_walk``.
 """
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,6 +30,8 @@ from adv.attacks.common import (
     GradientWatch,
     Model,
     Observe,
+    _plain,
+    _recording,
     check_count,
     check_inputs,
     check_number,
@@ -40,6 +46,7 @@ from adv.attacks.common import (
 from adv.geometry import norm as norm_of
 
 __all__ = [
+    "Guessed",
     "Implicit",
     "WarmStart",
     "backtracking",
@@ -69,6 +76,8 @@ CEILING = 1e9
 """Weight from which on one counts as not yet having succeeded."""
 GROWTH = 10.0
 """Factor of a weight that has failed, as long as none has succeeded."""
+HEAVIEST = 1e15
+"""Where weights stop growing: squares of gradients so much larger would overflow in float32."""
 
 
 # ------------------------------------------------------------------------------ the inner problem
@@ -103,10 +112,11 @@ def unroll(
 
     Source: Chen, Xie and Zhu (2020), (5) to (8) as corrected by E1 and E5; chapter ``generative``.
     """
-    check_count("steps + 1", steps + 1)
+    _check_whole("steps", steps)
     _check_positive("step_size", step_size)
-    z, record = z.detach(), torch.is_grad_enabled() and x.requires_grad
-    with torch.enable_grad():
+    record = torch.is_grad_enabled() and x.requires_grad
+    with _recording():
+        z, x = _plain(z), x.clone() if x.is_inference() else x
         for _ in range(steps):
             z = z if z.requires_grad else z.requires_grad_()
             (g,) = torch.autograd.grad(inner(z, x).sum(), z, create_graph=record)
@@ -224,7 +234,7 @@ def neumann_gradient(
 
     Source: Chen, Xie and Zhu (2020), Theorem 1 as corrected by E1 to E3; chapter ``generative``.
     """
-    check_count("steps + 1", steps + 1)
+    _check_whole("steps", steps)
     _check_positive("step_size", step_size)
     graph, u = _Graph(inner, z, x, v), torch.zeros_like(v)
     for _ in range(steps):
@@ -238,9 +248,9 @@ class _Graph:
     def __init__(self, inner: Inner, z: Tensor, x: Tensor, v: Tensor) -> None:
         if v.shape != z.shape:
             raise ValueError(f"v is shaped like z, {tuple(z.shape)}, not {tuple(v.shape)}")
-        with torch.enable_grad():
-            self.z = z.detach().requires_grad_()
-            self.x = x.detach().requires_grad_()
+        with _recording():
+            self.z = _plain(z).requires_grad_()
+            self.x = _plain(x).requires_grad_()
             (self.g,) = torch.autograd.grad(inner(self.z, self.x).sum(), self.z, create_graph=True)
 
     def product(self, p: Tensor) -> Tensor:
@@ -261,43 +271,57 @@ class WarmStart:
 
     An attack asks for $z^*$ at hundreds of points close to one another. From the second call with
     as many inputs on, the solver starts at the better of the last answer and the first one. Several
-    copies of the batch, as ``nes`` asks for, start there too and are forgotten.
+    copies of the batch, as ``nes`` asks for, start there too and are forgotten: points whose mean
+    over the copies is about the last input. Any other number of inputs is a new batch.
 
     Args:
-        solve: the full solver, inputs to codes.
+        solve: the full solver, inputs to codes; networks in it are in evaluation mode.
         refine: a few steps of it, codes and inputs to better codes.
         inner: $l(z;x)$, by which an answer is the better one.
+        reach: how far the mean of an input's copies may be from the input, as a root mean square
+            over its values. For the pairs of ``nes`` it is 0 but for what the defense clips.
+
+    Raises:
+        TypeError, ValueError: a reach that is no number or negative.
 
     Source: Chen, Xie and Zhu (2020), appendix D; chapter ``generative``.
     """
 
-    def __init__(self, solve: Solver, refine: Refine, inner: Inner) -> None:
-        self.solve, self.refine, self.inner = solve, refine, inner
+    def __init__(self, solve: Solver, refine: Refine, inner: Inner, *, reach: float = 0.1) -> None:
+        check_number("reach", reach)
+        self.solve, self.refine, self.inner, self.reach = solve, refine, inner, reach
+        self.x: Tensor | None = None
         self.first: Tensor | None = None
         self.last: Tensor | None = None
 
     def reset(self) -> None:
         """Forget all answers: for other images, of which there happen to be as many."""
-        self.first = self.last = None
+        self.x = self.first = self.last = None
 
     def __call__(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """The codes of inputs, outside any graph."""
-        x, first, last = x.detach(), self.first, self.last
-        if first is None or last is None or not self._copies(len(x), len(first)):
-            self.first = self.last = self.solve(x).detach()
+        x, first, last, copies = x.detach(), self.first, self.last, self._copies(x)
+        if first is None or last is None or not copies:
+            self.x, self.first = x.clone(), self.solve(x).detach()
+            self.last = self.first
             return self.first
-        copies = len(x) // len(first)
         first, last = (z.repeat(copies, *[1] * (z.ndim - 1)) for z in (first, last))
         with torch.no_grad():
             better = self.inner(first, x) < self.inner(last, x)
         z = self.refine(torch.where(expand(better, first), first, last), x).detach()
         if copies == 1:
-            self.last = z
+            self.x, self.last = x.clone(), z
         return z
 
-    @staticmethod
-    def _copies(count: int, known: int) -> bool:
-        return count == known or (known > 1 and count % known == 0)
+    def _copies(self, x: Tensor) -> int:
+        """How many copies of the last batch the inputs are; 0 for none."""
+        if self.x is None or x.shape[1:] != self.x.shape[1:] or len(x) % len(self.x):
+            return 0
+        copies = len(x) // len(self.x)
+        if copies == 1:  # never compared: that would stop the device at every step
+            return 1
+        shift = x.unflatten(0, (copies, -1)).mean(dim=0) - self.x
+        return copies if bool(shift.flatten(1).square().mean(dim=1).max() <= self.reach**2) else 0
 
 
 # -------------------------------------------------------------- models with a gradient of their own
@@ -310,7 +334,8 @@ def bpda(purify: Model, classifier: Model) -> Model:
     surface and the gradient lies in it, but what sticks out of the surface is spent in vain.
 
     Args:
-        purify: $r$, inputs to inputs; run without a graph.
+        purify: $r$, inputs to inputs; run without a graph. Modules, here and as the classifier, are
+            run in evaluation mode.
         classifier: $f$, inputs to (B, K) logits.
 
     Returns:
@@ -321,9 +346,10 @@ def bpda(purify: Model, classifier: Model) -> Model:
     """
 
     def model(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            shift = purify(x.detach()) - x.detach()
-        return classifier(x + shift)
+        with eval_mode(purify), eval_mode(classifier):
+            with torch.no_grad():
+                shift = purify(x.detach()) - x.detach()
+            return classifier(x + shift)
 
     return model
 
@@ -345,15 +371,17 @@ def backtracking(
     *envelope* gradient: exact where $h$ is the minimum of the inner loss itself.
 
     Args:
-        solve: inputs to codes $z^*$; run without a graph.
+        solve: inputs to codes $z^*$; run without a graph. Put networks in it, and in the other two
+            functions, into evaluation mode: an attack does not reach them.
         inner: $l(z;x)$, codes and inputs to (B,), twice differentiable.
         readout: $h(z,x)$, codes and inputs to (B, K) logits.
         steps: $T'$, at least 0.
         step_size: $\eta'>0$, best near $1/\lambda_{\max}$ of the inner Hessian.
-        memory: ``"graph"`` or ``"constant"``.
+        memory: ``"graph"`` or ``"constant"``, whose gradient cannot be differentiated again.
 
     Returns:
-        A model (B, ...) to (B, K), for any attack.
+        A model (B, ...) to (B, K), for any attack, with ``"constant"`` any that asks for gradients
+        alone.
 
     Raises:
         TypeError, ValueError: a negative number of steps, a step size that isn't positive, an
@@ -361,7 +389,7 @@ def backtracking(
 
     Source: Chen, Xie and Zhu (2020), Theorem 1; chapter ``generative``.
     """
-    check_count("steps + 1", steps + 1)
+    _check_whole("steps", steps)
     _check_positive("step_size", step_size)
     if memory not in ("graph", "constant"):
         raise ValueError(f"memory is 'graph' or 'constant', not {memory!r}")
@@ -390,7 +418,8 @@ def implicit(
     r"""The defended model $h(z^*(x),x)$, differentiated by the implicit function theorem.
 
     Args:
-        solve: inputs to codes $z^*$; run without a graph.
+        solve: inputs to codes $z^*$; run without a graph. Put networks in it, and in the other two
+            functions, into evaluation mode: an attack does not reach them.
         inner: $l(z;x)$, codes and inputs to (B,), twice differentiable.
         readout: $h(z,x)$, codes and inputs to (B, K) logits.
         iterations: of conjugate gradients at most, as in ``implicit_gradient``.
@@ -398,7 +427,7 @@ def implicit(
         damping: $\tau\ge0$.
 
     Returns:
-        A model (B, ...) to (B, K), for any attack.
+        A model (B, ...) to (B, K), for any attack that asks for gradients alone.
 
     Raises:
         TypeError, ValueError: no iterations, a negative tolerance or damping.
@@ -459,20 +488,56 @@ def nes_gradient(
     return (values.reshape(samples, len(x), *[1] * (x.ndim - 1)) * u).mean(dim=0) / sigma
 
 
-def nes(model: Model, *, samples: int = 50, sigma: float = 0.1, seed: int = 0) -> Model:
+class Guessed:
+    """A model with a gradient guessed from its values, as ``nes`` makes it.
+
+    Args:
+        model: inputs to (B, K) logits.
+        rule: ``samples``, ``sigma`` and ``seed`` of ``nes_gradient``.
+
+    Attributes:
+        calls: how many gradients have been guessed; each has draws of its own.
+    """
+
+    def __init__(self, model: Model, rule: dict[str, Any]) -> None:
+        self.model, self.rule, self.calls = model, rule, 0
+
+    def reset(self) -> None:
+        """Go back to the first draws: the same attack then finds the same points again."""
+        self.calls = 0
+
+    def __call__(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:
+        """The logits; a backward pass through them asks for those of more points."""
+        with eval_mode(self.model):
+            return _Answer.apply(x, _solved(self.model, x), self._pull)
+
+    def _pull(self, _logits: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        self.calls += 1
+        weights = v.repeat(self.rule["samples"], 1)
+
+        def value(points: Tensor) -> Tensor:
+            return (self.model(points) * weights).sum(dim=1)
+
+        with eval_mode(self.model):
+            return nes_gradient(value, x, call=self.calls, **self.rule)
+
+
+def nes(model: Model, *, samples: int = 50, sigma: float = 0.1, seed: int = 0) -> Guessed:
     r"""The model itself, with a gradient guessed from its values by ``nes_gradient``.
 
     Each backward pass asks for the logits at ``samples`` new points, and estimates the gradient of
     the loss as linearized in the logits.
 
     Args:
-        model: inputs to (B, K) logits; its own gradient is never used.
+        model: inputs to (B, K) logits; its own gradient is never used. A module is run in
+            evaluation mode.
         samples: points of an estimate, an even number.
         sigma: their standard deviation, in the units of the inputs.
-        seed: of the draws, which differ from one backward pass to the next.
+        seed: of the draws, which differ from one backward pass to the next: a second attack finds
+            other points, unless ``reset()`` of the model that is returned is called before.
 
     Returns:
-        A model (B, ...) to (B, K), for any attack.
+        A model (B, ...) to (B, K), for any attack that asks for gradients alone.
 
     Raises:
         TypeError, ValueError: an odd number of samples, a sigma that isn't positive, a bad seed.
@@ -481,20 +546,7 @@ def nes(model: Model, *, samples: int = 50, sigma: float = 0.1, seed: int = 0) -
     """
     _check_draws(samples, sigma)
     generator(seed)
-    calls = 0
-
-    def pull(_logits: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        weights = v.repeat(samples, 1)
-
-        def value(points: Tensor) -> Tensor:
-            return (model(points) * weights).sum(dim=1)
-
-        rule: dict[str, Any] = {"samples": samples, "sigma": sigma, "seed": seed}
-        return nes_gradient(value, x, call=calls, **rule)
-
-    return lambda x: _Answer.apply(x, _solved(model, x), pull)
+    return Guessed(model, {"samples": samples, "sigma": sigma, "seed": seed})
 
 
 class _Answer(torch.autograd.Function):
@@ -509,7 +561,24 @@ class _Answer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, z = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the caller wants a graph of the gradient, and there is none
+            return _Pulled.apply(z, x, grads[0], ctx.pull), None, None
         return ctx.pull(z, x, grads[0]), None, None
+
+
+class _Pulled(torch.autograd.Function):
+    """A gradient that refuses to be differentiated, where autograd would take it for a constant."""
+
+    @staticmethod
+    def forward(_ctx: Any, z: Tensor, x: Tensor, v: Tensor, pull: Callable[..., Tensor]) -> Tensor:
+        return pull(z, x, v)
+
+    @staticmethod
+    def backward(_ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
+        raise ValueError(
+            "this model's gradient cannot be differentiated again: it gives J^T w, but not J u; "
+            "take backtracking(memory='graph'), or an attack that asks for gradients alone"
+        )
 
 
 # -------------------------------------------------------------------------------------- attacks
@@ -544,7 +613,7 @@ def distortion_search(
         verify: the defense itself, with restarts of its own; by default ``model``.
         steps: forward and backward passes of a round.
         rounds: weights tried.
-        weight: the first $\lambda>0$.
+        weight: the first $\lambda>0$, at most 1e15, where it stops growing.
         lr: Adam's step size, or the last step of ``"sign"``, in the units of ``x``.
         confidence: $\kappa\ge0$, in units of the logits.
         update: ``"adam"``, or ``"sign"``: a sign step that grows linearly to ``lr``.
@@ -558,7 +627,7 @@ def distortion_search(
 
     Raises:
         TypeError, ValueError: bad input, as ``check_inputs`` says; a weight or ``lr`` that isn't
-            positive; an unknown update.
+            positive, or too large; an unknown update.
 
     Source: Chen, Xie and Zhu (2020), (20) and (21); Carlini and Wagner (2017); chapter
     ``generative``.
@@ -566,6 +635,7 @@ def distortion_search(
     generator(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, rounds=rounds)
     _check_positive("weight", weight)
+    check_number("weight", weight, HEAVIEST)
     _check_positive("lr", lr)
     check_number("confidence", confidence)
     if update not in ("adam", "sign"):
@@ -588,7 +658,7 @@ def distortion_search(
                 x_adv = (x_adv - mover.step(g, step + 1)).clamp(*bounds)
             success = search.judge()
             low, high = torch.where(success, low, lam), torch.where(success, lam, high)
-            lam = torch.where(high < CEILING, (low + high) / 2, GROWTH * lam)
+            lam = torch.where(high < CEILING, (low + high) / 2, (GROWTH * lam).clamp_max(HEAVIEST))
     watch.report("distortion_search()")
     return search.verified.x_adv
 
@@ -690,13 +760,16 @@ def latent_walk(
     check_inputs(model, x, y, bounds=bounds, steps=steps, every=every)
     _check_positive("eta", eta)
     check_number("eta", eta, 1.0)
-    check_number("growth - 1", growth - 1)
-    check_count("halvings + 1", halvings + 1)
-    x, x_adv = x.detach(), x.detach()
+    check_number("growth", growth)
+    if growth < 1:
+        raise ValueError(f"growth is a factor >= 1, not {growth!r}")
+    _check_whole("halvings", halvings)
+    x, x_adv, share = x.detach(), x.detach(), float(eta)
     done = torch.zeros_like(y, dtype=torch.bool)
     with torch.no_grad(), eval_mode(model):
         for step in range(steps):
-            share = min(1.0, eta * growth ** (step // every))
+            if step and step % every == 0:
+                share = min(1.0, growth * share)
             logits, made = explain(x_adv)
             done = done | is_adversarial(logits, y)
             if observe is not None:
@@ -742,6 +815,13 @@ def _check_draws(samples: int, sigma: float) -> None:
     _check_positive("sigma", sigma)
     if samples % 2:
         raise ValueError(f"samples come in pairs, so their number is even, not {samples}")
+
+
+def _check_whole(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is an integer >= 0, not {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} is an integer >= 0, not {value}")
 
 
 def _check_positive(name: str, value: float) -> None:

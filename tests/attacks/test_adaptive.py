@@ -22,8 +22,10 @@ from adv.attacks.adaptive import (
     neumann_gradient,
     unroll,
 )
-from adv.attacks.common import margin
+from adv.attacks.common import class_gradients, margin
 from adv.attacks.gradient import pgd
+from adv.attacks.jacobian import Jacobian, singular
+from adv.attacks.regression import quadratic
 
 
 class Smooth:
@@ -190,6 +192,50 @@ def test_for_linear_generators_every_gradient_has_a_closed_form():
     assert torch.allclose(flat, gradient.expand(5, -1))
 
 
+def closed_forms():
+    """A linear generator with its solver: every model of it, and where a Jacobian is right."""
+    g = torch.Generator().manual_seed(1)
+    W = torch.randn(7, 3, generator=g, dtype=torch.float64)
+    net = affine(4, 7, seed=2)
+    inner = lambda z, x: (z @ W.T - x).square().sum(dim=1)  # noqa: E731
+    pieces = (lambda x: x @ torch.linalg.pinv(W).T, inner, lambda z, x: net(z @ W.T))
+    rule = {"steps": 3, "step_size": 0.02}
+    return {
+        "graph": backtracking(*pieces, **rule),
+        "bpda": bpda(lambda x: x @ torch.linalg.pinv(W).T @ W.T, net),
+        "constant": backtracking(*pieces, **rule, memory="constant"),
+        "implicit": implicit(*pieces),
+        "nes": nes(net, samples=4),
+    }
+
+
+@pytest.mark.parametrize("name", ["graph", "bpda"])
+def test_a_recorded_gradient_can_be_differentiated_again(name):
+    model, x = closed_forms()[name], inputs(5, 7)
+    J, rows = Jacobian(model, x), class_gradients(model, x)[1]
+    assert torch.allclose(J.jvp(x), torch.einsum("bkd,bd->bk", rows, x))
+    assert torch.allclose(J.columns(torch.arange(7)), rows)
+
+
+@pytest.mark.parametrize("name", ["constant", "implicit", "nes"])
+def test_a_pulled_gradient_refuses_to_be_differentiated_again(name):
+    """It would be taken for a constant: products J u would be zero, without a word."""
+    model, x = closed_forms()[name], inputs(5, 7)
+    J, w = Jacobian(model, x), x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(w).square().sum(), w, create_graph=True)
+    if name != "nes":
+        assert torch.allclose(J.rows(torch.arange(4)), class_gradients(model, x)[1])
+    for call in (
+        lambda: J.jvp(x),
+        lambda: J.columns(torch.arange(7)),
+        lambda: singular(J),
+        lambda: quadratic(model, x, eps=0.1),
+        lambda: torch.autograd.grad(slope.sum(), w),
+    ):
+        with pytest.raises(ValueError, match="J u"):
+            call()
+
+
 def test_without_steps_the_envelope_gradient_is_left(scene):
     world, z, x, _ = scene
     calls = []
@@ -253,6 +299,33 @@ def test_a_guessing_model_never_asks_for_a_gradient_and_draws_anew():
     assert first.mean(dim=0) @ true / (true @ true) == pytest.approx(1, abs=0.1), "its length too"
 
 
+def test_guesses_start_over_when_told_to():
+    x, y, model = inputs(4, 8), torch.tensor([0, 1, 2, 0]), nes(affine(3, 8), samples=4)
+    rule = {"eps": 0.2, "steps": 3}
+    first, second = (pgd(model, x, y, **rule) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert model.calls == 6
+    model.reset()
+    assert torch.equal(first, pgd(model, x, y, **rule))
+
+
+def test_modules_inside_are_in_evaluation_mode_and_stay_what_they_are():
+    def noisy(size):
+        return nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, size), nn.Dropout())
+
+    x, y = torch.rand(8, 6), torch.zeros(8, dtype=torch.int64)
+    purify, net = noisy(6), noisy(3)
+    before = [b.clone() for part in (purify, net) for b in part.buffers()]
+    state = torch.random.get_rng_state()
+    for model in (bpda(purify, torch.sin), bpda(torch.sin, net), nes(net, samples=4)):
+        pgd(model, x, y, eps=0.1, steps=2)
+        assert torch.equal(model(x), model(x))
+    assert torch.equal(state, torch.random.get_rng_state())
+    after = [b for part in (purify, net) for b in part.buffers()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(m.training for part in (purify, net) for m in part.modules())
+
+
 def test_a_warm_solver_starts_at_the_better_of_two_answers():
     log = []
 
@@ -266,23 +339,48 @@ def test_a_warm_solver_starts_at_the_better_of_two_answers():
 
     inner = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
     warm, x = WarmStart(solve, refine, inner), inputs(2, 1)
-    warm(x[:1])
+    warm(x[:1] + 1)
     assert warm(x).flatten().tolist() == [0, 0]
     assert warm(x).flatten().tolist() == [10, 10]
     warm(torch.tensor([[9.0], [0.0]], dtype=torch.float64))
-    warm(torch.full((4, 1), 19.0, dtype=torch.float64))
+    warm(torch.full((2, 1), 14.0, dtype=torch.float64))
+    warm(torch.tensor([[9.0], [9.0], [19.0], [19.0]], dtype=torch.float64))
     warm(torch.full((2, 1), 19.0, dtype=torch.float64))
     assert log == [
         ("full", 1),
         ("full", 2),
         ("warm", [0, 0]),
         ("warm", [10, 0]),
-        ("warm", [20, 10, 20, 10]),
         ("warm", [20, 10]),
+        ("warm", [0, 0, 30, 20]),
+        ("warm", [30, 20]),
     ]
     warm.reset()
     warm(x)
     assert log[-1] == ("full", 2)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_other_images_are_no_copies(count):
+    log = []
+
+    def solve(x):
+        log.append(len(x))
+        return x.clone()
+
+    warm = WarmStart(solve, lambda z, x: z, lambda z, x: (z - x).square().sum(dim=1))
+    net, x = affine(2, 6), inputs(count, 6)
+    model, y = nes(lambda x: net(warm(x)), samples=10, sigma=3.0), torch.zeros(count).long()
+    pgd(model, x, y, eps=0.1, steps=3, random_start=False)
+    assert log.pop(0) == 1, "the look at the first sample"
+    assert log == [count] * (count > 1), "draws are copies, however wide"
+    others = inputs(4 * count, 6, seed=2)
+    assert torch.equal(warm(others), others)
+    assert log[-1] == 4 * count
+    near = WarmStart(solve, warm.refine, warm.inner, reach=2.0)
+    near(x)
+    near(others)
+    assert log[-1] == count, "anything is a copy within a long reach"
 
 
 @pytest.mark.parametrize("update", ["adam", "sign"])
@@ -374,6 +472,55 @@ def test_the_walk_goes_straight_and_is_bisected():
     assert torch.all(net(back).argmax(dim=1) == y), "a step less and the label is back"
 
 
+def test_the_share_of_a_long_walk_stops_at_one():
+    net, x = affine(2, 4), inputs(3, 4)
+    y, seen = net(x).argmax(dim=1), []
+    rule = {"eta": 0.3, "every": 1, "steps": 1100, "observe": lambda _, s: seen.append(s["eta"])}
+    latent_walk(net, x, y, explain=lambda p: (net(p), p[:, None].expand(-1, 2, -1)), **rule)
+    assert np.allclose(seen, [0.3, 0.6] + [1.0] * 1098)
+
+
+def test_weights_stop_before_they_overflow():
+    x, seen = torch.rand(3, 4), []
+    net = affine(2, 4).float()
+    y = net(x).argmax(dim=1)
+    stubborn = lambda p: nn.functional.one_hot(y[: len(p)], 2) + 0.01 * net(p)  # noqa: E731
+    rule = {"rounds": 60, "steps": 3, "observe": lambda _, s: seen.append(s)}
+    distortion_search(stubborn, x, y, **rule)
+    assert all(s["x_adv"].isfinite().all() for s in seen)
+    assert seen[-1]["weight"].tolist() == pytest.approx([1e15] * 3)
+
+
+def test_inference_mode_makes_no_difference(scene):
+    world, z, x, v = scene
+    net, y = affine(3, 6), torch.tensor([0, 1])
+    pieces = (lambda p: z[: len(p)], world.inner, lambda z, x: net(world.G(z)))
+    ways = [
+        lambda x, y, z, v: unroll(world.inner, z + 0.1, x, steps=3, step_size=0.05),
+        lambda x, y, z, v: neumann_gradient(world.inner, z, x, v, steps=3, step_size=0.05),
+        lambda x, y, z, v: implicit_gradient(world.inner, z, x, v).gradient,
+        lambda x, y, z, v: distortion_search(net, x, y, steps=3, bounds=WIDE),
+        lambda x, y, z, v: latent_walk(
+            net, x, y, steps=3, bounds=WIDE, explain=lambda p: (net(p), p[:, None] * v[:, :, None])
+        ),
+    ]
+    ways += [
+        lambda x, y, z, v, model=model: pgd(model(), x, y, eps=0.1, steps=3, bounds=WIDE)
+        for model in (
+            lambda: backtracking(*pieces, step_size=0.05),
+            lambda: backtracking(*pieces, step_size=0.05, memory="constant"),
+            lambda: implicit(*pieces),
+            lambda: nes(net, samples=4),
+            lambda: bpda(torch.tanh, net),
+        )
+    ]
+    for call in ways:
+        expected = call(x, y, z, v)
+        with torch.inference_mode():
+            found = call(x * 1, y * 1, z * 1, v * 1)
+        assert torch.allclose(found, expected, atol=1e-12)
+
+
 def test_a_walk_that_never_arrives_returns_the_input():
     net, x = affine(2, 4), inputs(3, 4)
     y = net(x).argmax(dim=1)
@@ -403,6 +550,11 @@ FLAT = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
     ("call", "error"),
     [
         (lambda: unroll(FLAT, X, X, steps=-1, step_size=0.1), ValueError),
+        (lambda: unroll(FLAT, X, X, steps=None, step_size=0.1), TypeError),
+        (lambda: WarmStart(NET, FLAT, FLAT, reach=-1.0), ValueError),
+        (lambda: latent_walk(NET, X, Y, explain=NET, growth=None), TypeError),
+        (lambda: latent_walk(NET, X, Y, explain=NET, halvings=None), TypeError),
+        (lambda: backtracking(NET, FLAT, FLAT, steps=1.5), TypeError),
         (lambda: unroll(FLAT, X, X, steps=1, step_size=0.0), ValueError),
         (lambda: neumann_gradient(FLAT, X, X, X, steps=1, step_size=-1.0), ValueError),
         (lambda: neumann_gradient(FLAT, X, X, X[:1], steps=1, step_size=0.1), ValueError),
@@ -421,6 +573,7 @@ FLAT = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
         (lambda: nes_gradient(FLAT, X, samples=2.0), TypeError),
         (lambda: distortion_search(NET, X, Y, update="up"), ValueError),
         (lambda: distortion_search(NET, X, Y, weight=0), ValueError),
+        (lambda: distortion_search(NET, X, Y, weight=1e16), ValueError),
         (lambda: distortion_search(NET, X, Y, confidence=-1.0), ValueError),
         (lambda: distortion_search(NET, X, Y, rounds=0), ValueError),
         (lambda: latent_walk(NET, X, Y, explain=NET, eta=1.5), ValueError),
@@ -431,3 +584,20 @@ FLAT = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
 def test_bad_settings_are_refused(call, error):
     with pytest.raises(error):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: unroll(FLAT, X, X, steps=-1, step_size=0.1),
+        lambda: neumann_gradient(FLAT, X, X, X, steps=-1, step_size=0.1),
+        lambda: backtracking(NET, FLAT, FLAT, steps=-1),
+    ],
+)
+def test_messages_name_what_was_given(call):
+    with pytest.raises(ValueError, match=r"^steps is an integer >= 0, not -1"):
+        call()
+    with pytest.raises(ValueError, match=r"^growth is a factor >= 1, not 0\.5"):
+        latent_walk(NET, X, Y, explain=NET, growth=0.5)
+    with pytest.raises(ValueError, match=r"^halvings is an integer >= 0, not -1"):
+        latent_walk(NET, X, Y, explain=NET, halvings=-1)
