@@ -17,8 +17,14 @@ __all__ = ["digest", "files"]
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("adv", "reproduce")
 # Data files have digests of their own. The tables of networks and of peers are entered only at the
-# one in question, or a new one would outdate the results of all others.
-PASSED_OVER = ("adv.lab.data", "adv.lab.models._MODELS", "adv.lab.peers.PEERS")
+# one in question, or a new one would outdate the results of all others. How a training is saved is
+# no part of what is trained.
+PASSED_OVER = (
+    "adv.lab.checkpoints",
+    "adv.lab.data",
+    "adv.lab.models._MODELS",
+    "adv.lab.peers.PEERS",
+)
 
 Definition = tuple[str, str]
 
