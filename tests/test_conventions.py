@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "adv.lab.data": (),
     "adv.lab.figures": (),
     "adv.lab.models": (),
+    "adv.lab.checkpoints": (),
     "adv.lab.annotate": (*METHODS, "adv.lab"),
     "adv.lab.committee": (*METHODS, "adv.lab"),
     "adv.lab.duel": (*METHODS, "adv.lab"),

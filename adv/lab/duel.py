@@ -1,10 +1,7 @@
 """The game of classifier and adversary critic: alternating training, watched and resumable."""
 
-import json
 import math
-import os
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,6 +22,7 @@ from adv.defenses.critic import (
     fooling_loss,
     slope_penalty,
 )
+from adv.lab import checkpoints
 from adv.lab.data import Split
 from adv.lab.training import DivergenceError
 
@@ -149,6 +147,7 @@ def fit_critic(
         halve_every: epochs after which both learning rates are halved, again and again.
         seed: of the order and the critic's noise. The initial weights are the caller's.
         checkpoint: file written after each epoch, and resumed from where it exists. It is kept.
+            Both networks are recognized by their layers and the shapes of their tensors.
         observe: called after each epoch with its number and the history so far.
         progress: show a bar on stderr.
 
@@ -157,7 +156,7 @@ def fit_critic(
 
     Raises:
         TypeError, ValueError: counts below 1, an empty set, negative weights where they have no
-            meaning, another run's checkpoint.
+            meaning, a checkpoint that is damaged or another run's.
         DivergenceError: where a loss is not finite.
 
     Source: Matyasko (2020), (4.2)-(4.5) and section 4.4, as corrected by errata 14 and 15; chapter
@@ -173,6 +172,7 @@ def fit_critic(
         check_number(name, value)
     if len(train) == 0:
         raise ValueError("the training set is empty")
+    epochs, batch_size, pretrain = int(epochs), int(batch_size), int(pretrain)
     place = next(model.parameters()).device
     train = train.to(place)
     with torch.no_grad(), eval_mode(model):
@@ -181,16 +181,19 @@ def fit_critic(
         model,
         critic.to(place),
         RunningConfidence(classes).to(place),
-        {"weight": weight, "cycle": cycle, "penalty": penalty},
-        {"steps": steps, "overshoot": overshoot},
-        {"model": lr, "critic": critic_lr},
+        {"weight": float(weight), "cycle": float(cycle), "penalty": float(penalty)},
+        {"steps": int(steps), "overshoot": float(overshoot)},
+        {"model": float(lr), "critic": float(critic_lr)},
     )
-    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "pretrain": pretrain}
-    settings |= {"seed": seed, "halve_every": halve_every}
-    settings |= game.weights | game.attack | game.rates
-    settings["data"] = [zlib.crc32(t.cpu().numpy().tobytes()) for t in (train.x, train.y)]
-    file = None if checkpoint is None else Path(checkpoint)
-    history = Duel() if file is None else game.resume(file, settings)
+    history = Duel()
+    run: dict[str, Any] = {}
+    if checkpoint is not None:
+        run = {"epochs": epochs, "batch_size": batch_size, "pretrain": pretrain, "seed": seed}
+        run |= game.weights | game.attack | game.told()
+        run |= {"halve_every": int(halve_every)}
+        run |= {"data": checkpoints.checksums(train.x, train.y)}
+        if (state := checkpoints.load(checkpoint, run)) is not None:
+            history = game.resume(state)
     hide: dict[str, bool] = {} if progress else {"disable": True}
     done = len(history.loss)
     with (
@@ -213,8 +216,8 @@ def fit_critic(
             history.seconds.append(time.perf_counter() - start)
             if observe is not None:
                 observe(epoch, history)
-            if file is not None:
-                game.save(file, settings, history)
+            if checkpoint is not None:
+                checkpoints.save(checkpoint, run, game.state(history))
             bar.set_postfix_str(history.verdict)
             bar.update()
     game.rest()
@@ -331,31 +334,20 @@ class _Game:
             parameter.grad = gradient
         player.step()
 
-    def save(self, path: Path, settings: dict[str, Any], history: Duel) -> None:
-        """Write beside the file and rename: a kill leaves the old or the new, never half."""
+    def told(self) -> dict[str, Any]:
+        """Of the players, what a checkpoint's settings say."""
+        rates = {"lr": self.rates["model"], "critic_lr": self.rates["critic"]}
+        parts = {"model": self.model, "critic": self.critic}
+        return rates | {name: checkpoints.described(part) for name, part in parts.items()}
+
+    def state(self, history: Duel) -> dict[str, Any]:
+        """All that an epoch leaves for the next."""
         state: dict[str, Any] = {name: p.state_dict() for name, p in self.players.items()}
         state |= {"weights": [part.state_dict() for part in self._parts()]}
-        state |= {"settings": json.dumps(settings), "history": asdict(history)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        return state | {"history": asdict(history)}
 
-    def resume(self, path: Path, settings: dict[str, Any]) -> Duel:
-        """Load all that an epoch leaves for the next; refuse the file of another run."""
-        if not path.exists():
-            return Duel()
-        place = next(self.model.parameters()).device
-        try:
-            state = torch.load(path, map_location=place, weights_only=True)
-            theirs = state["settings"]
-        except Exception as error:  # a damaged pickle may raise anything
-            raise ValueError(f"{path} is no checkpoint of a duel ({error})") from error
-        if theirs != json.dumps(settings):
-            raise ValueError(f"{path} is the checkpoint of another run ({theirs}); delete it")
+    def resume(self, state: dict[str, Any]) -> Duel:
+        """Go on where ``state`` was taken."""
         for part, weights in zip(self._parts(), state["weights"], strict=True):
             part.load_state_dict(weights)
         for name, player in self.players.items():

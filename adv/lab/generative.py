@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adv.attacks.common import check_count, generator
+from adv.attacks.common import check_count, check_number, generator
+from adv.lab import checkpoints
 from adv.lab.data import Split
 from adv.lab.models import VAE, WGAN, VAEs
 from adv.lab.training import DivergenceError, Loss
@@ -301,33 +302,44 @@ def fit_wgan(
         weight: of the gradient penalty.
         seed: of the order and the latent vectors. The initial weights are the caller's.
         checkpoint: file written after each epoch, and resumed from where it exists; a training that
-            was killed ends with the same weights as one that was not. It holds no settings: it is
-            the caller's to give each training its own.
+            was killed ends with the same weights as one that was not. It is kept.
         progress: show a bar on stderr.
 
     Returns:
         The critic's estimate of the distance, and the penalty, for each epoch.
 
     Raises:
-        TypeError, ValueError: counts below 1, an empty set.
+        TypeError, ValueError: counts below 1, negative rates or weights, an empty set, a checkpoint
+            that is damaged or another run's.
         DivergenceError: where a loss is not finite.
 
     Source: Gulrajani et al. (2017), algorithm 1; chapter ``generative_models``.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("steps", critic_steps)):
         check_count(name, value)
+    check_number("lr", lr)
+    check_number("weight", weight)
     if len(train) == 0:
         raise ValueError("the training set is empty")
+    epochs, batch_size, critic_steps = int(epochs), int(batch_size), int(critic_steps)
+    lr, weight = float(lr), float(weight)
     place = next(model.parameters()).device
     train, game, count = train.to(place), Game(), 0
+    run: dict[str, Any] = {}
     players = {
         part: torch.optim.Adam(getattr(model, part).parameters(), lr=lr, betas=(0.5, 0.9))
         for part in ("critic", "generator")
     }
     hide: dict[str, bool] = {} if progress else {"disable": True}
-    file = None if checkpoint is None else Path(checkpoint)
-    if file is not None and file.is_file():
-        game, count = _resume(file, model, players)
+    if checkpoint is not None:
+        run = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "critic_steps": critic_steps}
+        run |= {"weight": weight, "seed": seed}
+        run |= {"model": checkpoints.described(model), "data": checkpoints.checksums(train.x)}
+        if (state := checkpoints.load(checkpoint, run)) is not None:
+            model.load_state_dict(state["model"])
+            for name, player in players.items():
+                player.load_state_dict(state[name])
+            game, count = Game(**state["game"]), state["count"]
     with tqdm(total=epochs, initial=len(game.distance), **hide) as bar:
         for epoch in range(len(game.distance), epochs):
             start = time.perf_counter()
@@ -347,8 +359,10 @@ def fit_wgan(
             game.distance.append(distance)
             game.penalty.append(penalty)
             game.seconds.append(time.perf_counter() - start)
-            if file is not None:
-                _save(file, model, players, game, count)
+            if checkpoint is not None:
+                state = {"model": model.state_dict(), "game": asdict(game), "count": count}
+                state |= {name: player.state_dict() for name, player in players.items()}
+                checkpoints.save(checkpoint, run, state)
             bar.update()
     for player in players.values():
         player.zero_grad(set_to_none=True)
@@ -382,32 +396,6 @@ def _generate(
     player.zero_grad(set_to_none=True)
     (-model.judge(model.decode(_latent(model, count, draws))).mean()).backward()
     player.step()
-
-
-def _save(
-    file: Path,
-    model: WGAN,
-    players: Mapping[str, torch.optim.Optimizer],
-    game: Game,
-    count: int,
-) -> None:
-    state = {"model": model.state_dict(), "game": asdict(game), "count": count}
-    state |= {name: player.state_dict() for name, player in players.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.part")
-    torch.save(state, partial)
-    partial.replace(file)
-
-
-def _resume(
-    file: Path, model: WGAN, players: Mapping[str, torch.optim.Optimizer]
-) -> tuple[Game, int]:
-    """Weights, momenta and the count of batches that ``_save`` kept."""
-    state = torch.load(file, map_location=next(model.parameters()).device, weights_only=True)
-    model.load_state_dict(state["model"])
-    for name, player in players.items():
-        player.load_state_dict(state[name])
-    return Game(**state["game"]), state["count"]
 
 
 def _latent(model: WGAN, count: int, draws: torch.Generator) -> Tensor:

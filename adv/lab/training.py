@@ -1,12 +1,11 @@
 """One training loop for any loss ``(model, x, y) -> scalar``: seeded, resumable, and watched."""
 
 import math
-import os
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from adv.attacks.common import check_count
+from adv.lab import checkpoints
 from adv.lab.data import Split
 from adv.lab.evaluation import accuracy
 from adv.lab.models import split_color
@@ -46,7 +46,8 @@ class History:
     """What happened in each epoch: mean training loss, validation score, wall-clock seconds.
 
     ``best`` is the epoch (from 0) whose weights the model holds at the end: the one with the
-    highest validation score, the latest of equal ones; the last epoch without validation.
+    highest validation score, the latest of equal ones; the last epoch without validation. A score
+    that is NaN is the lowest.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -112,12 +113,13 @@ def fit(
         lr: learning rate at the start, positive.
         optimizer: ``"adam"``, ``"sgd"`` (momentum 0.9), or a callable ``(parameters, lr=...)``.
         schedule: factor of ``lr`` by epoch: None (1), ``"cosine"`` (1 to 0 over all epochs), a
-            float $\gamma$ ($\gamma^e$), or a callable ``epoch -> factor``.
+            float $\gamma\ge0$ ($\gamma^e$), or a callable ``epoch -> factor``.
         val: held-out samples; with them, the model ends with the best epoch's weights.
         score: ``(model, x, y) -> float`` on ``val`` in evaluation mode, higher is better.
         seed: of the order, dropout and attacks. The initial weights are the caller's.
         checkpoint: file written after each epoch, and resumed from where it exists. It is kept.
-            Callables are recognized by their names, not by the settings inside them.
+            Callables are recognized by their names, not by the settings inside them; the model by
+            its layers and the shapes of its tensors.
         observe: called as ``observe(epoch, model)`` after each epoch, in evaluation mode.
         progress: show a bar on stderr; the environment variable ``TQDM_DISABLE=1`` also hides it.
 
@@ -126,22 +128,27 @@ def fit(
 
     Raises:
         TypeError: ``epochs`` or ``batch_size`` is no integer.
-        ValueError: on an empty set, settings out of range, nothing to train, or another run's
-            checkpoint.
+        ValueError: on an empty set, settings out of range, nothing to train, or a checkpoint that
+            is damaged or another run's.
         DivergenceError: where the loss is not finite.
 
     Source: chapter ``defending``.
     """
-    _check(train, epochs, batch_size, lr)
+    _check(train, epochs, batch_size, lr, schedule)
+    epochs, batch_size, lr = int(epochs), int(batch_size), float(lr)
+    steps = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)
     place = next(model.parameters()).device
     train, val = train.to(place), None if val is None else val.to(place)
-    steps = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)
-    history, best, file = History(), None, None
+    history, best = History(), None
+    run: dict[str, Any] = {}
     if checkpoint is not None:
-        run = {"loss": loss, "optimizer": optimizer, "schedule": schedule, "score": score}
+        run = {"model": model, "data": train, "val": val, "loss": loss, "score": score}
         run |= {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-        file = _Checkpoint(Path(checkpoint), model, steps, _told(run | {"data": train, "val": val}))
-        history, best = file.resume()
+        run = _told(run | {"optimizer": optimizer, "schedule": schedule})
+        if (state := checkpoints.load(checkpoint, run)) is not None:
+            model.load_state_dict(state["model"])
+            steps.load_state_dict(state["optimizer"])
+            history, best = History(**state["history"]), state["best"]
     hide: dict[str, bool] = {} if progress else {"disable": True}
     size = math.ceil(len(train) / batch_size)
     done = len(history.loss)
@@ -157,13 +164,15 @@ def fit(
             history.best = epoch
             if val is not None:
                 history.score.append(float(score(model, val.x, val.y)))
-                history.best = max(range(epoch + 1), key=lambda e: (history.score[e], e))
+                history.best = _best(history.score)
                 best = _copy(model) if history.best == epoch else best
             history.seconds.append(time.perf_counter() - start)
             if observe is not None:
                 observe(epoch, model)
-            if file is not None:
-                file.save(history, best)
+            if checkpoint is not None:
+                state = {"model": model.state_dict(), "optimizer": steps.state_dict()}
+                state |= {"history": asdict(history), "best": best}
+                checkpoints.save(checkpoint, run, state)
             bar.set_postfix(epoch=epoch + 1, loss=f"{history.loss[-1]:.3g}")
     if best is not None:
         model.load_state_dict(best)
@@ -171,13 +180,16 @@ def fit(
     return history
 
 
-def _check(train: Split, epochs: int, batch_size: int, lr: float) -> None:
+def _check(train: Split, epochs: int, batch_size: int, lr: float, schedule: Schedule) -> None:
     if len(train) == 0:
         raise ValueError("the training set is empty")
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
     if not (lr > 0 and math.isfinite(lr)):
         raise ValueError(f"lr={lr} must be positive and finite")
+    # To the power of 0 even NaN is 1: an epoch would pass before anyone noticed.
+    if isinstance(schedule, Real) and not 0 <= schedule < math.inf:
+        raise ValueError(f"schedule={schedule} must be finite and not negative")
 
 
 def _optimizer(kind: Optimizer, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -196,10 +208,13 @@ def _factor(schedule: Schedule, epoch: int, epochs: int) -> float:
     if schedule is None:
         return 1.0
     if callable(schedule):
-        return schedule(epoch)
+        factor = float(schedule(epoch))
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"schedule({epoch}) = {factor} must be finite and not negative")
+        return factor
     if schedule == "cosine":
         return (1 + math.cos(math.pi * epoch / epochs)) / 2
-    if isinstance(schedule, int | float):
+    if isinstance(schedule, Real):
         return float(schedule) ** epoch
     raise ValueError(f"schedule={schedule!r}: give None, 'cosine', a float or a callable")
 
@@ -254,57 +269,23 @@ def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
+def _best(scores: list[float]) -> int:
+    """The epoch of the highest score, the latest of equal ones."""
+    keys = [
+        (-math.inf if math.isnan(score) else score, epoch) for epoch, score in enumerate(scores)
+    ]
+    return max(keys)[1]
+
+
 def _told(run: dict[str, Any]) -> dict[str, Any]:
     """A run's settings as a file can hold them: callables by name, data by checksums."""
 
     def told(value: Any) -> Any:
         if isinstance(value, Split):
-            return [zlib.crc32(t.cpu().contiguous().numpy().data) for t in (value.x, value.y)]
+            return checkpoints.checksums(value.x, value.y)
+        if isinstance(value, nn.Module):
+            return checkpoints.described(value)
         named = getattr(value, "__qualname__", type(value).__name__)
         return named if callable(value) else value
 
     return {name: told(value) for name, value in run.items()}
-
-
-@dataclass
-class _Checkpoint:
-    """The file from which a run goes on: all that an epoch leaves behind for the next."""
-
-    path: Path
-    model: nn.Module
-    steps: torch.optim.Optimizer
-    settings: dict[str, Any]
-
-    def save(self, history: History, best: dict[str, Tensor] | None) -> None:
-        """Write beside the file and rename: a kill leaves the old or the new, never half."""
-        state = {
-            "settings": self.settings,
-            "model": self.model.state_dict(),
-            "optimizer": self.steps.state_dict(),
-            "history": asdict(history),
-            "best": best,
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".part")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
-
-    def resume(self) -> tuple[History, dict[str, Tensor] | None]:
-        """Load model and optimizer where the file exists; refuse the file of another run."""
-        if not self.path.exists():
-            return History(), None
-        place = next(self.model.parameters()).device
-        try:
-            state = torch.load(self.path, map_location=place, weights_only=True)
-            ours, theirs = self.settings, state["settings"]
-        except Exception as error:  # a damaged pickle may raise anything
-            raise ValueError(f"{self.path} is no checkpoint of a training ({error})") from error
-        if other := [name for name in ours if ours[name] != theirs.get(name)]:
-            told = ", ".join(f"{n} = {theirs.get(n)} there, {ours[n]} here" for n in other)
-            raise ValueError(f"{self.path} is the checkpoint of another run ({told}); delete it")
-        self.model.load_state_dict(state["model"])
-        self.steps.load_state_dict(state["optimizer"])
-        return History(**state["history"]), state["best"]

@@ -1,6 +1,8 @@
 import copy
+import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -95,11 +97,62 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path):
     assert len(resumed.seconds) == 4
     finished, _ = run(4, tmp_path / "b.pt")
     assert torch.equal(finished, whole), "a finished run is read, not repeated"
-    with pytest.raises(ValueError, match="another run"):
-        run(5, tmp_path / "b.pt")
     (tmp_path / "c.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no checkpoint"):
         run(4, tmp_path / "c.pt")
+
+
+OTHER = {
+    "model": nn.Sequential(nn.Flatten(), nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)),
+    "critic": new_critic(0, sizes=(6, 9, 3)),
+    "train": Split(blobs().x, (blobs().y + 1) % 3),
+    "epochs": 2,
+    "batch_size": 11,
+    "lr": 0.02,
+    "critic_lr": 0.02,
+    "weight": 0.6,
+    "cycle": 0.02,
+    "penalty": 9.0,
+    "steps": 4,
+    "overshoot": 0.06,
+    "pretrain": 1,
+    "halve_every": 39,
+    "seed": 1,
+}
+
+
+MIXED = Split(blobs().x.flip(0), blobs().y)
+
+
+@pytest.mark.parametrize(("name", "other"), [*OTHER.items(), ("train", MIXED)])
+def test_the_checkpoint_of_another_duel_is_refused(tmp_path, name, other):
+    given = {"model": classifier(), "critic": new_critic(0, sizes=SIZES), "train": blobs()}
+    given |= {"epochs": 1, "checkpoint": tmp_path / "duel.pt", **QUICK}
+    fit_critic(**given)
+    kept = (tmp_path / "duel.pt").read_bytes()
+    with pytest.raises(
+        ValueError, match=rf"another run \({'data' if name == 'train' else name} = "
+    ):
+        fit_critic(**given | {name: other})
+    assert (tmp_path / "duel.pt").read_bytes() == kept
+
+
+def test_no_setting_of_the_duel_is_forgotten():
+    free = {"checkpoint", "observe", "progress"}
+    assert inspect.signature(fit_critic).parameters.keys() - free == OTHER.keys()
+
+
+def test_numbers_of_numpy_are_read_again(tmp_path):
+    rates = {"lr": np.logspace(-2, 0, 3)[0], "critic_lr": np.float64(0.01)}
+    counts = {name: np.int64(QUICK[name]) for name in ("batch_size", "pretrain")}
+    runs = []
+    for given in ({}, rates | counts, rates | counts):
+        parts = classifier(), new_critic(1, sizes=SIZES)
+        file = tmp_path / "duel.pt"
+        fit_critic(*parts, blobs(), epochs=2, checkpoint=file, **QUICK | given)
+        runs.append(weights(*parts))
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
 
 
 def test_seeded_and_quiet():

@@ -1,13 +1,15 @@
 """Generative networks: closed forms where there are any, and what training makes of digits."""
 
+import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from adv.lab import data, generative, models
+from adv.lab import checkpoints, data, models
 from adv.lab.data import Split
 from adv.lab.generative import (
     class_elbo,
@@ -147,26 +149,71 @@ def test_each_class_is_learned_by_its_own_model():
 # ----------------------------------------------------------------------------- the Wasserstein game
 
 
-def test_a_game_that_was_killed_goes_on(tmp_path):
-    def kill(*_):
-        raise KeyboardInterrupt
+GAME = {"epochs": 4, "batch_size": 16, "critic_steps": 3, "progress": False}
 
-    settings = {"epochs": 4, "batch_size": 16, "critic_steps": 3, "progress": False}
-    whole, part = (models.build("wgan", hidden=(8,), seed=0) for _ in range(2))
-    expected = fit_wgan(whole, DIGITS.take(100), **settings)
-    file = tmp_path / "folder" / "game.pt"
-    saved = generative._save
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            generative, "_save", lambda *given: (saved(*given), given[-1] > 12 and kill())
-        )
-        with pytest.raises(KeyboardInterrupt):
-            fit_wgan(part, DIGITS.take(100), checkpoint=file, **settings)
-    again = models.build("wgan", hidden=(8,), seed=9)
-    game = fit_wgan(again, DIGITS.take(100), checkpoint=file, **settings)
+
+def player(seed=0, **settings):
+    return models.build("wgan", **{"hidden": (8,), "seed": seed} | settings)
+
+
+def test_a_game_that_was_killed_goes_on(tmp_path, monkeypatch):
+    """In its third epoch; also where its numbers are NumPy's."""
+
+    saved = checkpoints.save
+
+    def kill(path, run, state):
+        saved(path, run, state)
+        if len(state["game"]["distance"]) == 2:
+            raise KeyboardInterrupt
+
+    whole, part, again = player(), player(), player(9)
+    expected = fit_wgan(whole, DIGITS.take(100), lr=1e-3, weight=5, **GAME)
+    given = {"lr": np.logspace(-3, 0, 2)[0], "weight": np.float32(5), "checkpoint": tmp_path / "g"}
+    given |= GAME | {"batch_size": np.int64(16), "epochs": np.int64(4)}
+    monkeypatch.setattr(checkpoints, "save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        fit_wgan(part, DIGITS.take(100), **given)
+    monkeypatch.undo()
+    game = fit_wgan(again, DIGITS.take(100), **given)
     assert game == expected
     assert len(game.seconds) == 4
     assert all(map(torch.equal, whole.parameters(), again.parameters()))
+
+
+OTHER = {
+    "model": player(hidden=(9,)),
+    "train": DIGITS[1:41],
+    "epochs": 2,
+    "batch_size": 20,
+    "lr": 2e-4,
+    "critic_steps": 4,
+    "weight": 11.0,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_the_checkpoint_of_another_game_is_refused(tmp_path, name):
+    given = {"model": player(), "train": DIGITS[:40], **GAME, "epochs": 1}
+    given |= {"checkpoint": tmp_path / "game.pt"}
+    fit_wgan(**given)
+    kept = (tmp_path / "game.pt").read_bytes()
+    with pytest.raises(
+        ValueError, match=rf"another run \({'data' if name == 'train' else name} = "
+    ):
+        fit_wgan(**given | {name: OTHER[name]})
+    assert (tmp_path / "game.pt").read_bytes() == kept
+
+
+def test_no_setting_of_the_game_is_forgotten():
+    free = {"checkpoint", "progress"}
+    assert inspect.signature(fit_wgan).parameters.keys() - free == OTHER.keys()
+
+
+def test_a_damaged_game_is_refused(tmp_path):
+    (tmp_path / "game.pt").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"game\.pt is no checkpoint"):
+        fit_wgan(player(), DIGITS[:40], checkpoint=tmp_path / "game.pt", **GAME)
 
 
 def test_gradient_penalty_of_linear_critics():
@@ -282,3 +329,6 @@ def test_what_is_refused():
         fit_wgan(models.build("wgan"), DIGITS[:0], epochs=1)
     with pytest.raises(ValueError, match="epochs"):
         fit_wgan(models.build("wgan"), DIGITS, epochs=0)
+    for name in ("lr", "weight"):
+        with pytest.raises(ValueError, match=name):
+            fit_wgan(models.build("wgan"), DIGITS, epochs=1, **{name: math.nan})

@@ -1,11 +1,13 @@
 """The training loop against a loop by hand, against kills, and against divergence."""
 
+import inspect
 import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,10 +25,10 @@ def blobs(n=60, seed=0):
     return Split(x.view(n, 1, 2, 4), y)
 
 
-def network(seed=0, dropout=0.0):
+def network(seed=0, dropout=0.0, width=16, bend=nn.ReLU):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = [nn.Linear(8, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)]
+        layers = [nn.Linear(8, width), bend(), nn.Dropout(dropout), nn.Linear(width, 3)]
         return nn.Sequential(nn.Flatten(), *layers)
 
 
@@ -172,6 +174,29 @@ def test_keeps_the_best_epoch_on_validation_and_the_latest_of_equals():
     assert not torch.equal(weights(model), marks[3])
 
 
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([math.nan, 0.1, 0.4, 0.2], 2),
+        ([0.3, math.nan, 0.1, math.nan], 0),
+        ([math.nan] * 4, 3),
+        ([math.nan, -math.inf, math.nan, 0.0], 3),
+    ],
+)
+def test_no_score_at_all_is_the_lowest(scores, best):
+    model, marks, told = network(), [], iter(scores)
+    settings = {"epochs": 4, "batch_size": 20, "lr": 0.05, "val": blobs(9, seed=1)}
+    history = quiet(
+        model,
+        blobs(),
+        score=lambda *_: next(told),
+        observe=lambda _, model: marks.append(weights(model)),
+        **settings,
+    )
+    assert history.best == best
+    assert torch.equal(weights(model), marks[best])
+
+
 def test_leaves_flags_and_gradients_as_promised():
     model = network()
     model[1].bias.requires_grad_(False)
@@ -197,11 +222,18 @@ def test_divergence_is_an_error():
         {"lr": math.nan},
         {"optimizer": "lion"},
         {"schedule": "steps"},
+        {"schedule": math.nan},
+        {"schedule": math.inf},
+        {"schedule": -0.5},
+        {"schedule": lambda _: math.nan},
+        {"schedule": lambda _: -1},
     ],
 )
 def test_bad_settings_raise(wrong):
+    model = network()
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        quiet(network(), blobs(), **({"epochs": 1} | wrong))
+        quiet(model, blobs(), **({"epochs": 1} | wrong))
+    assert torch.equal(weights(model), weights(network())), "before anything is trained"
 
 
 def test_nothing_to_train_raises():
@@ -209,23 +241,77 @@ def test_nothing_to_train_raises():
         quiet(network(), blobs()[:0], epochs=1)
     with pytest.raises(ValueError, match="no parameter"):
         quiet(network().requires_grad_(False), blobs(), epochs=1)
+    with pytest.raises(ValueError, match="no parameter"):
+        quiet(nn.Flatten(), blobs(), epochs=1)
     with pytest.raises(TypeError, match="epochs"):
         quiet(network(), blobs(), epochs=1.5)
 
 
-def test_checkpoint_of_another_run_is_refused(tmp_path):
+X, Y = blobs().x, blobs().y
+OTHER = {
+    "seed": 4,
+    "epochs": 2,
+    "batch_size": 30,
+    "lr": 0.5,
+    "optimizer": torch.optim.SGD,
+    "schedule": 0.5,
+    "loss": lambda m, x, y: m(x).square().mean(),
+    "val": blobs(9, seed=1),
+    "score": lambda *_: 1.0,
+    "model": network(bend=nn.Tanh),
+    "train": Split(X + 0.1, Y),
+}
+
+
+MORE = [
+    ("model", network(width=17)),
+    ("model", network(dropout=0.5)),
+    ("model", network().double()),
+    ("train", Split(X, (Y + 1) % 3)),
+]
+
+
+@pytest.mark.parametrize(("name", "other"), [*OTHER.items(), *MORE])
+def test_checkpoint_of_another_run_is_refused(tmp_path, name, other):
     file = tmp_path / "deep" / "run.pt"
-    quiet(network(), blobs(), epochs=1, checkpoint=file)
-    for other in ({"seed": 4}, {"epochs": 2}, {"lr": 0.5}, {"optimizer": torch.optim.SGD}):
-        with pytest.raises(ValueError, match=next(iter(other))):
-            quiet(network(), blobs(), **({"epochs": 1, "checkpoint": file} | other))
-    x, y = blobs().x, blobs().y
-    for other in (Split(x + 0.1, y), Split(x, (y + 1) % 3)):
-        with pytest.raises(ValueError, match="data"):
-            quiet(network(), other, epochs=1, checkpoint=file)
-    for other in ({"loss": lambda m, x, y: m(x).square().mean()}, {"val": blobs(9, seed=1)}):
-        with pytest.raises(ValueError, match=next(iter(other))):
-            quiet(network(), blobs(), epochs=1, checkpoint=file, **other)
+    given = {"model": network(), "train": blobs(), "epochs": 1, "checkpoint": file}
+    quiet(**given)
+    kept = file.read_bytes()
+    with pytest.raises(
+        ValueError, match=rf"another run \({'data' if name == 'train' else name} = "
+    ):
+        quiet(**given | {name: other})
+    assert file.read_bytes() == kept
+
+
+def test_no_setting_is_forgotten():
+    """A parameter of ``fit`` either makes another run or can't change the weights."""
+    free = {"checkpoint", "observe", "progress"}
+    assert inspect.signature(fit).parameters.keys() - free == OTHER.keys()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    """Also those that a schedule or an optimizer leaves in the file."""
+
+    def stop(epoch, _):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    def halves(epoch):
+        return np.float64(0.5) ** epoch
+
+    file = tmp_path / "run.pt"
+    given = {"epochs": np.int64(4), "batch_size": np.int64(20), "lr": np.logspace(-2, 0, 3)[0]}
+    for schedule in (halves, np.float32(0.5), np.float64(0.5)):
+        given |= {"schedule": schedule, "seed": np.int64(3)}
+        resumed, straight = network(), network()
+        with pytest.raises(KeyboardInterrupt):
+            quiet(resumed, blobs(), checkpoint=file, observe=stop, **given)
+        quiet(resumed, blobs(), checkpoint=file, **given)
+        plain = {"epochs": 4, "batch_size": 20, "lr": 0.01, "schedule": 0.5, "seed": 3}
+        quiet(straight, blobs(), **plain)
+        assert torch.equal(weights(resumed), weights(straight))
+        file.unlink()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", "weights", "half"])

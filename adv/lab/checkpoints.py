@@ -1,0 +1,117 @@
+"""A training's file: written whole or not at all, and read by the training that wrote it alone.
+
+``fit``, ``fit_wgan`` and ``fit_critic`` keep in it what an epoch leaves behind for the next.
+"""
+
+import copy
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["checksums", "described", "load", "save"]
+
+LONGEST = 80
+"""Characters of a setting that an error shows."""
+
+
+def save(path: Path | str, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write a training's state: a kill leaves the old file or the new one, never half of one.
+
+    Args:
+        path: the file; its folder is made where there is none.
+        settings: what makes it this training and no other: numbers, strings, None, and lists of
+            them.
+        state: tensors, numbers and strings in dictionaries and lists; NumPy's numbers become
+            Python's, as only those are read again.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: two processes that write one checkpoint must not share the draft.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with partial.open("xb") as file:
+            torch.save(_plain({"settings": dict(settings), "state": dict(state)}), file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path | str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state that ``save`` kept, its tensors on the CPU, or None where there is no file.
+
+    Args:
+        path: the file.
+        settings: those of the training that wants to go on; they must be the file's.
+
+    Raises:
+        ValueError: a damaged file, one that ``save`` did not write, or another training's; the
+            message names the settings that differ.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, state = dict(kept["settings"]), dict(kept["state"])
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"{path} is no checkpoint of a training ({error})") from error
+    ours = _plain(dict(settings))
+    if told := [_difference(n, theirs, ours) for n in ours | theirs if _other(n, theirs, ours)]:
+        raise ValueError(f"{path} is the checkpoint of another run ({', '.join(told)}); delete it")
+    return state
+
+
+def checksums(*tensors: Tensor) -> list[int]:
+    """One of each tensor's bytes, by which ``settings`` tell data apart."""
+    return [zlib.crc32(t.detach().cpu().contiguous().numpy().data) for t in tensors]
+
+
+def described(model: nn.Module) -> str:
+    """A network as text: its layers, then the name, shape and type of each tensor in it.
+
+    Values and device are left out, and of parameters it is said whether they are trained.
+    """
+    layers = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # of functions: new in each process
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    tensors = [
+        f"{name}: {tuple(value.shape)} {value.dtype}{' trained' if name in trained else ''}"
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    ]
+    return "\n".join([layers, *tensors])
+
+
+def _plain(value: Any) -> Any:
+    """The same without NumPy's numbers, which torch refuses to read."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        plain = copy.copy(value)  # a module's state has attributes of its own
+        plain.update((name, _plain(item)) for name, item in value.items())
+        return plain
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+def _other(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    return name not in theirs or name not in ours or theirs[name] != ours[name]
+
+
+def _difference(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """``lr = 0.1 there, 0.2 here``; of texts of several lines, the first that differs."""
+    there, here = (str(told[name]) if name in told else "nothing" for told in (theirs, ours))
+    lines = zip_longest(there.splitlines(), here.splitlines(), fillvalue="nothing")
+    there, here = next(((a.strip(), b.strip()) for a, b in lines if a != b), (there, here))
+    return f"{name} = {there[:LONGEST]} there, {here[:LONGEST]} here"
