@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, overload
 
 import numpy as np
@@ -107,7 +108,8 @@ def success(
         chunk: samples in one forward pass.
 
     Returns:
-        (N,) booleans on the device of ``x_adv``.
+        (N,) booleans on the device of ``x_adv``; False where logits are NaN or infinite, which
+        is no sign of robustness: the measures under attack refuse such a model.
 
     Raises:
         TypeError: not float inputs and int64 labels.
@@ -195,7 +197,8 @@ def rho_adv(x: Float[Tensor, "N ..."], norms: Float[Tensor, " N"], *, norm: Norm
         norm: the norm.
 
     Returns:
-        The mean, dimensionless; NaN where no sample counts.
+        The mean, dimensionless; NaN where no sample counts, infinity where one that counts is zero
+        everywhere, relative to which nothing is small.
 
     Source: Matyasko (2020), (3.20); Balda et al. (2018), $\hat\rho_1$; chapter ``margin``.
     """
@@ -303,10 +306,11 @@ def robust_accuracy(
         A fraction of 1, or a list of them in the order of ``eps``.
 
     Raises:
+        TypeError: ``eps`` is no number and no grid of numbers.
         ValueError: bad input, a negative radius, a targeted attack, or one that cheats, as
-            ``perturb`` says.
+            ``perturb`` says; a model that returns NaN or infinite logits.
     """
-    grid = _grid(eps)
+    grid = _radii(eps)
     fooled = _fooled(model, x, y, attack, grid, **options)
     shares = [_share(~row) for row in fooled]
     return shares if np.ndim(eps) else shares[0]
@@ -335,11 +339,11 @@ def fooling_ratio(
         classified correctly.
 
     Raises:
-        ValueError: as in ``robust_accuracy``.
+        TypeError, ValueError: as in ``robust_accuracy``.
 
     Source: Balda et al. (2018), section 5; chapter ``convex``.
     """
-    clean, *robust = robust_accuracy(model, x, y, attack, [0.0, *_grid(eps)], **options)
+    clean, *robust = robust_accuracy(model, x, y, attack, [0.0, *_radii(eps)], **options)
     ratios = [1 - share / clean if clean else math.nan for share in robust]
     return ratios if np.ndim(eps) else ratios[0]
 
@@ -366,15 +370,16 @@ def minimal_norms(
         as it is, infinity where the attack found nothing.
 
     Raises:
-        ValueError: bad input, a targeted attack, or one that cheats, as ``perturb`` says.
+        ValueError: bad input, a targeted attack, or one that cheats, as ``perturb`` says; a model
+            that returns NaN or infinite logits.
     """
     options = _resolved(model, x, attack, options)
     chunk = options["chunk"]
-    correct = success(model, x, y, targeted=True, chunk=chunk)
+    correct = _judged(model, x, y, targeted=True, chunk=chunk)
     norms = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     if correct.any():
         x_adv = perturb(model, x[correct], y[correct], attack, **options)
-        found = success(model, x_adv, y[correct], chunk=chunk)
+        found = _judged(model, x_adv, y[correct], chunk=chunk)
         norm = _norm_of(attack, options.get("norm"))
         distance = _length(x_adv - x[correct], "l0" if str(norm) == "group_l0" else norm)
         norms[correct] = torch.where(found, distance.to(x.dtype), math.inf)
@@ -409,11 +414,12 @@ def report(
         for each model.
 
     Raises:
+        TypeError: as in ``robust_accuracy``.
         ValueError: no models, no attacks, or as in ``robust_accuracy``.
     """
     if not models or not attacks:
         raise ValueError("report() needs at least one model and one attack")
-    grid = sorted({0.0, *_grid(eps)})
+    grid = sorted({0.0, *_radii(eps)})
     rows: dict[tuple[str, str], list[float]] = {}
     for name, model in models.items():
         fooled = {
@@ -559,16 +565,36 @@ def _fooled(
         return torch.stack([norms <= eps * (1 + 1e-6) for eps in grid])
     options = _resolved(model, x, attack, options)
     chunk = options["chunk"]
-    fooled = ~success(model, x, y, targeted=True, chunk=chunk)
+    fooled = ~_judged(model, x, y, targeted=True, chunk=chunk)
     at = {0.0: fooled}
     for eps in sorted(set(grid) - {0.0}):
         standing = ~fooled
         if standing.any():
             x_adv = perturb(model, x[standing], y[standing], attack, eps=eps, **options)
             fooled = fooled.clone()
-            fooled[standing] = success(model, x_adv, y[standing], chunk=chunk)
+            fooled[standing] = _judged(model, x_adv, y[standing], chunk=chunk)
         at[eps] = fooled
     return torch.stack([at[eps] for eps in grid])
+
+
+def _judged(model: Model, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """``success`` for a model whose logits are numbers: others would look like a perfect defense.
+
+    Raises:
+        ValueError: NaN or infinite logits.
+    """
+
+    def checked(points: Tensor) -> Tensor:
+        logits = model(points)
+        if isinstance(logits, Tensor) and not logits.isfinite().all():
+            kind = "NaN" if logits.isnan().any() else "infinite logits"
+            raise ValueError(
+                f"the model returns {kind} at these points; they are neither fooled nor robust"
+            )
+        return logits
+
+    _check_mode(model)
+    return success(checked, x, y, **options)
 
 
 def _resolved(
@@ -585,6 +611,14 @@ def _resolved(
     if memory is not None:
         chunk = chunk_size(model, x, memory, limit=chunk)
     return others | {"chunk": chunk}
+
+
+def _radii(eps: Any) -> list[float]:
+    """What a caller gave as a radius or a grid of them, as a list."""
+    given = eps if np.ndim(eps) else [eps]
+    if not all(isinstance(e, Real | Tensor | np.ndarray) for e in given):
+        raise TypeError(f"eps is a number or a sequence of numbers, not {eps!r}")
+    return _grid(given)
 
 
 def _grid(eps: Any) -> list[float]:

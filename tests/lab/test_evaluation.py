@@ -428,6 +428,54 @@ def test_a_constant_model_is_never_right():
     assert not ev.success(lambda x: torch.ones(len(x), 3), x, y).any()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_that_breaks_under_attack_is_no_defense(problem, value):
+    model, x, y, _, _ = problem
+
+    def breaking(z):
+        """The model near the inputs; beyond them some logits overflow."""
+        logits, far = model(z), (z - 0.5).flatten(1).abs().amax(dim=1) > 0.3
+        return torch.where(far[:, None] & torch.tensor([True, False]), value, logits)
+
+    def far(model, x, y, *, eps=0.4, norm="linf", bounds=(0.0, 1.0), seed=0):
+        return (x + 0.4).clamp(max=0.95)
+
+    def nearby(model, x, y, *, norm="linf", bounds=(0.0, 1.0), seed=0):
+        return far(model, x, y)
+
+    assert ev.accuracy(breaking, x, y) == 36 / 40
+    assert not ev.success(breaking, far(model, x, y), y).any()
+    for call in (
+        lambda: ev.robust_accuracy(breaking, x, y, far, 0.4),
+        lambda: ev.robust_accuracy(breaking, x, y, nearby, 0.4),
+        lambda: ev.fooling_ratio(breaking, x, y, far, [0.4]),
+        lambda: ev.minimal_norms(breaking, x, y, nearby),
+        lambda: ev.report({"m": breaking}, x, y, {"far": far}, [0.4], norm="linf"),
+        lambda: ev.robust_accuracy(breaking, far(model, x, y), y, far, 0.0),
+    ):
+        with pytest.raises(ValueError, match="neither fooled nor robust"):
+            call()
+    model.train()  # is still seen behind the check
+    with pytest.raises(ValueError, match="training mode"):
+        ev.robust_accuracy(model, x, y, far, 0.0)
+
+
+@pytest.mark.parametrize("eps", ["0.1", ["0.1"], None, [0.1, None], {0.1}, (e for e in [0.1])])
+def test_radii_are_numbers(problem, eps):
+    model, x, y, _, _ = problem
+    for call in (
+        lambda: ev.robust_accuracy(model, x, y, fgsm, eps),
+        lambda: ev.fooling_ratio(model, x, y, fgsm, eps),
+        lambda: ev.report({"m": model}, x, y, {"fgsm": fgsm}, eps, norm="linf"),
+    ):
+        with pytest.raises(TypeError, match="eps is a number or a sequence"):
+            call()
+    for some in (np.float32(0.1), np.array(0.1), torch.tensor(0.1), 0):
+        assert isinstance(ev.robust_accuracy(model, x, y, fgsm, some), float)
+    for some in (np.array([0, 1]), torch.tensor([0, 0.5]), (0, 1.0), range(2)):
+        assert len(ev.robust_accuracy(model, x, y, fgsm, some)) == 2
+
+
 def test_counting_by_hand(problem):
     model, x, *_ = problem
     z = x[:7].clone().requires_grad_()
