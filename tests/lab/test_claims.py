@@ -1,5 +1,6 @@
 """Claims and errata print or stop; tables of the papers stand beside ours, gaps shown."""
 
+import io
 import sys
 from types import SimpleNamespace
 
@@ -72,6 +73,19 @@ def test_only_bools_are_truth(holds, folder):
         erratum("toy/E1", holds)
 
 
+def test_a_terminal_without_check_marks(folder, monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", file)
+    claim("geometry/duality", "Hölder's bound", True)
+    erratum("toy/E1", True)
+    monkeypatch.undo()
+    file.seek(0)
+    assert file.read().splitlines() == [
+        "ok: geometry/duality: H\\xf6lder's bound",
+        "ok: erratum toy/E1, (3.2): The sign is wrong.",
+    ]
+
+
 def test_erratum_typesets_its_formulas_in_a_notebook(folder, capsys, monkeypatch):
     shown = []
     display = SimpleNamespace(display=shown.append)
@@ -130,6 +144,29 @@ def test_compare_names_what_is_unknown(folder):
             compare("toy", "1", ours=ours)
     with pytest.raises(KeyError, match="known: 1, 2"):
         compare("toy", "3")
+
+
+@pytest.mark.parametrize("cell", [(1.0, 2.0, 3.0), (1.0,), []])
+def test_compare_names_a_cell_that_is_no_pair(folder, cell):
+    with pytest.raises(ValueError, match="a pair"):
+        compare("toy", "1", ours={"a": {"err": cell}})
+    assert compare("toy", "1", ours={"a": {"err": [1, 2]}}).iloc[0, 1] == "1.00 ± 2.00"
+
+
+def test_a_papers_name_is_no_path(folder):
+    (folder.parent / "elsewhere.yaml").write_text("tables: []")
+    (folder / "below").mkdir()
+    (folder / "below" / "other.yaml").write_text("tables: []")
+    for name in ("../elsewhere", "below/other", str(folder / "toy"), "./toy", ""):
+        with pytest.raises(KeyError, match="known: toy"):
+            paper(name)
+
+
+def test_the_first_folder_counts(folder, monkeypatch):
+    (folder / "first").mkdir()
+    (folder / "first" / "toy.yaml").write_text("tables: []")
+    monkeypatch.setattr(claims, "FOLDERS", (folder / "first", folder))
+    assert paper("toy") == {"tables": []}
 
 
 def test_paper_gives_a_copy(folder):
