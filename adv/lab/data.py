@@ -50,6 +50,11 @@ class Split:
         x: (N, C, H, W) images, float32 in [0, 1].
         y: (N,) labels.
         exact: (N,) False where a sample is a lossy copy of the original; None where all are exact.
+
+    Raises:
+        TypeError: images that are not floating point, labels that are not int64, or an ``exact``
+            that is not boolean.
+        ValueError: other shapes.
     """
 
     x: Float[Tensor, "N C H W"]
@@ -67,6 +72,12 @@ class Split:
                 f"a split takes float images and int64 labels, not {self.x.dtype} and "
                 f"{self.y.dtype}"
             )
+        if self.exact is not None and self.exact.shape != self.y.shape:
+            raise ValueError(
+                f"exact is (N,) as the labels {tuple(self.y.shape)}, not {tuple(self.exact.shape)}"
+            )
+        if self.exact is not None and self.exact.dtype != torch.bool:
+            raise TypeError(f"exact is boolean, not {self.exact.dtype}")
 
     def __len__(self) -> int:
         return len(self.y)
@@ -78,7 +89,7 @@ class Split:
 
     def take(self, n: int) -> "Split":
         """The first ``n`` samples; ``ValueError`` where there are fewer."""
-        if not isinstance(n, int) or not 1 <= n <= len(self):
+        if not _is_integer(n) or not 1 <= n <= len(self):
             raise ValueError(
                 f"take({n}) from a split of {len(self)} samples: 1 <= n <= {len(self)}"
             )
@@ -90,6 +101,11 @@ class Split:
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.x, self.y, self.exact
+
+
+def _is_integer(value: object) -> bool:
+    """Whether a count is one: Python's True is an integer too, and no count."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -343,7 +359,7 @@ def load(name: str, *, download: bool = False, limit: int | None = None) -> Data
     """
     if name not in _LOADERS:
         raise ValueError(f"no data set {name!r}; there are {', '.join(names())}")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
+    if limit is not None and (not _is_integer(limit) or limit < 1):
         raise ValueError(f"limit must be an integer of at least 1, not {limit}")
     if download and not all(map(_settled, FILES.get(name, ()))):
         _download(name)

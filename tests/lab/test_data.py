@@ -159,7 +159,7 @@ def test_limit_keeps_the_first_samples_and_says_so():
     assert torch.equal(part.train.x, whole.train.x[:150])
     assert not part.complete
     assert "first 150" in part.note
-    for wrong in (0, 2.5):
+    for wrong in (0, 2.5, True):
         with pytest.raises(ValueError, match="at least 1"):
             data.load("digits", limit=wrong)
 
@@ -182,7 +182,7 @@ def test_split_indexing():
     assert digits.to("cpu").x.device.type == "cpu"
     with pytest.raises(ValueError, match="100 samples"):
         digits.take(101)
-    for wrong in (0, 2.5):
+    for wrong in (0, 2.5, True):
         with pytest.raises(ValueError, match="take"):
             digits.take(wrong)
     with pytest.raises(TypeError, match="int64 labels"):
@@ -193,6 +193,10 @@ def test_split_indexing():
         Split(torch.zeros(4, 8, 8), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="labels"):
         Split(torch.zeros(4, 1, 8, 8), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"exact is \(N,\)"):
+        Split(digits.x, digits.y, digits.y[:3] > 0)
+    with pytest.raises(TypeError, match=r"exact is boolean, not torch.int64"):
+        Split(digits.x, digits.y, digits.y)
 
 
 # MNIST and its kin
