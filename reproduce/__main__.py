@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,14 @@ HERE = Path(__file__).resolve().parent
 def main(arguments: list[str] | None = None) -> int:
     """Run the workflow; return Snakemake's exit status."""
     given = _parser().parse_args(arguments)
+    try:
+        return make(given)
+    except (ValueError, OSError) as error:  # of the settings, the data or the folders
+        sys.exit(f"reproduce: {error}")
+
+
+def make(given: argparse.Namespace) -> int:
+    """What the command line asks for."""
     plan = Plan.given(given)
     if unknown := [name for name in given.names if name not in plan.items]:
         sys.exit(f"no {', '.join(unknown)}; there are {', '.join(plan.items)}")
@@ -34,9 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit(f"no network {', '.join(unknown)} in these; there are {', '.join(sorted(models))}")
     tasks = plan.tasks(items)
     print(report(plan, items, tasks), flush=True)
-    with alone(plan.work) as lock:
-        line = command(plan, items, tasks, given)
-        status = subprocess.run(line, cwd=ROOT, pass_fds=[lock]).returncode
+    with place(plan.work, given.dry) as (folder, locks):
+        line = command(plan, items, tasks, given, folder)
+        status = subprocess.run(line, cwd=ROOT, pass_fds=locks).returncode
     if status == 0 and not given.dry:
         from reproduce.summary import show  # takes seconds: PyTorch
 
@@ -70,13 +79,13 @@ def report(plan: Plan, items: list[Item], tasks: list[Task]) -> str:
 
 
 def command(
-    plan: Plan, items: list[Item], tasks: list[Task], given: argparse.Namespace
+    plan: Plan, items: list[Item], tasks: list[Task], given: argparse.Namespace, folder: Path
 ) -> list[str]:
-    """Snakemake's command line."""
+    """Snakemake's command line; ``folder`` is where it keeps its own files."""
     profile = HERE / "profiles" / given.profile
     line = [sys.executable, "-m", "snakemake", "--snakefile", str(HERE / "Snakefile")]
     line += ["--profile", str(profile if profile.is_dir() else given.profile)]
-    line += ["--directory", str(plan.work)]
+    line += ["--directory", str(folder)]
     # The records tell what changed, also after a checkout, of which Snakemake knows nothing.
     line += ["--rerun-triggers", "input", "--rerun-incomplete", "--nolock"]
     known = [name for name in plan.mentioned() if plan.available(name)]
@@ -97,6 +106,19 @@ def command(
     line += ["--cores", given.cores] if given.cores else []
     line += ["--dry-run", "--quiet", "rules"] if given.dry else []
     return [*line, *given.snakemake, "--", *(str(plan.output(item)) for item in items)]
+
+
+@contextmanager
+def place(work: Path, dry: bool) -> Iterator[tuple[Path, list[int]]]:
+    """Snakemake's folder and the locks it holds: a dry run needs none, and makes no folders."""
+    if not dry:
+        with alone(work) as lock:
+            yield work, [lock]
+    elif work.is_dir():
+        yield work, []
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder), []
 
 
 @contextmanager

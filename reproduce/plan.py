@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -179,13 +179,36 @@ class Plan:
 
     @cached_property
     def items(self) -> dict[str, Item]:
-        """All tables and figures by name."""
+        """All tables and figures by name.
+
+        Raises:
+            ValueError: a cell is of a network, a defense, an attack or a radius that there isn't.
+        """
         found = [
             item
             for path in sorted(self.settings.glob("*.yaml"))
             for item in _items(path.stem, self.paper(path.stem))
         ]
+        for item in found:
+            for key, cell in [*item.cells.items(), (("clean",), item.clean)]:
+                if cell is not None and not cell.missing:
+                    self._check(f"{item.name}, {', '.join(map(str, key))}", cell)
         return {item.name: item for item in found}
+
+    def _check(self, where: str, cell: Cell) -> None:
+        """Say at once what would come out after hours of computing: a name or radius mistyped."""
+        paper = self.paper(cell.paper)
+        try:
+            own = _entry(paper, "networks", cell.model)
+            _entry(paper, "defenses", cell.defense)
+            network = Network(cell.paper, own["data"][0], cell.model, cell.defense, 0)
+            attack = self.attack(Run(network, cell.attack))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        grid = attack.get("eps") or attack.get("measured_at") or [0.0]
+        if cell.at is not None and not isinstance(grid, Mapping) and cell.at not in grid:
+            known = ", ".join(map(str, grid))
+            raise ValueError(f"{where}: no radius {cell.at} of {cell.attack}; there are {known}")
 
     def names(self, kind: str) -> list[str]:
         """The names of all tables or of all figures."""
@@ -493,14 +516,14 @@ def _entry(paper: Settings, part: str, name: str) -> Settings:
 def _items(paper: str, settings: Settings) -> Iterator[Item]:
     for name, table in (settings.get("tables") or {}).items():
         cells: dict[tuple[str, ...], Cell] = {
-            (row, column): Cell(paper, **_merged(table, of_row, of_column))
+            (row, column): _cell(paper, _merged(table, of_row, of_column))
             for row, of_row in table["rows"].items()
             for column, of_column in table["columns"].items()
         }
         yield Item(paper, "table", str(name), cells)
     for name, figure in (settings.get("figures") or {}).items():
         cells = {
-            (label,): Cell(paper, **_merged(figure, curve))
+            (label,): _cell(paper, _merged(figure, curve))
             for label, curve in figure[_parts(figure)].items()
         }
         first = next(iter(cells.values()))
@@ -508,6 +531,14 @@ def _items(paper: str, settings: Settings) -> Iterator[Item]:
             paper, first.model, defense=first.defense, **figure["clean"]
         )
         yield Item(paper, "figure", str(name), cells, clean)
+
+
+def _cell(paper: str, settings: Settings) -> Cell:
+    known = [one.name for one in fields(Cell) if one.name != "paper"]
+    if unknown := settings.keys() - set(known):
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"a cell of {paper} has no {names}; there are {', '.join(known)}")
+    return Cell(paper, **settings)
 
 
 def _parts(figure: Settings) -> str:

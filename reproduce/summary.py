@@ -8,6 +8,7 @@ import base64
 import io
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from reproduce.files import read, replacing, write_json
@@ -35,15 +36,15 @@ def table(plan: Plan, item: Item) -> Content:
         known = [value for value in values if value is not None]
         entry["values"][column] = statistics.mean(known) if known == values and known else None
         if entry["values"][column] is None:
-            missing.append({"row": row, "column": column, "why": _why(plan, cell, values)})
+            missing.append({"row": row, "column": column, "why": _why(plan, cell, records)})
             continue
-        if len(known) > 1:
-            entry["spread"][column] = statistics.stdev(known)
+        if (spread := _spread(known)) is not None:
+            entry["spread"][column] = spread
         entry["seeds"][column], entry["images"][column] = len(known), records[0]["images"]
         entry["scale"] = sorted({*entry["scale"], *_scales(plan, cell)})
     head = {"paper": item.paper, "table": item.id}
-    spread = "standard deviation over seeds"
-    return head | {"spread_meaning": spread, "rows": list(rows.values()), "missing": missing}
+    head |= {"spread_meaning": "standard deviation over seeds"}
+    return head | {"rows": list(rows.values()), "missing": missing}
 
 
 def figure(plan: Plan, item: Item) -> Content:
@@ -55,8 +56,9 @@ def figure(plan: Plan, item: Item) -> Content:
     missing = []
     for (label,), cell in item.cells.items():
         records = _records(plan, cell)
-        if not records:
-            missing.append({"curve": label, "why": _why(plan, cell, [])})
+        if not _have(records, settings["x"], cell.value):
+            why = _why(plan, cell, records, settings["x"], cell.value)
+            missing.append({"curve": label, "why": why})
             continue
         x, y = (
             [[_finite(v) * scale for v in record["values"][name]] for record in records]
@@ -65,10 +67,7 @@ def figure(plan: Plan, item: Item) -> Content:
         curves[label] = {
             "x": [statistics.mean(values) for values in zip(*x, strict=True)],
             "y": [statistics.mean(values) for values in zip(*y, strict=True)],
-            "spread": [
-                statistics.stdev(values) if len(values) > 1 else None
-                for values in zip(*y, strict=True)
-            ],
+            "spread": [_spread(values) for values in zip(*y, strict=True)],
             "seeds": len(records),
             "images": records[0]["images"],
             "scale": _scales(plan, cell),
@@ -87,8 +86,8 @@ def _pictures(plan: Plan, item: Item) -> Content:
     missing = []
     for (label,), cell in item.cells.items():
         records = _records(plan, cell)
-        if not records:
-            missing.append({"curve": label, "why": _why(plan, cell, [])})
+        if not _have(records, cell.value):
+            missing.append({"curve": label, "why": _why(plan, cell, records)})
             continue
         row = {"label": label, "seed": records[0]["seed"], "scale": _scales(plan, cell)}
         rows.append(row | {"png": records[0]["values"][cell.value]})
@@ -233,15 +232,30 @@ def _clean(plan: Plan, cell: Cell | None) -> Content | None:
     values = [value for record in records if (value := _value(record, cell)) is not None]
     if not values:
         return None
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"value": cell.value, "mean": statistics.mean(values), "spread": spread}
+    return {"value": cell.value, "mean": statistics.mean(values), "spread": _spread(values)}
 
 
-def _why(plan: Plan, cell: Cell, values: list[float | None]) -> str:
-    """Why a cell has no number."""
+def _spread(values: Sequence[float]) -> float | None:
+    """Their standard deviation; None of a single one, or where one is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    return statistics.stdev(values)
+
+
+def _have(records: list[Content], *names: str) -> bool:
+    """Whether there are records, and all have these values."""
+    return bool(records) and all(name in record["values"] for record in records for name in names)
+
+
+def _why(plan: Plan, cell: Cell, records: list[Content], *names: str) -> str:
+    """Why a cell has no number, or a curve not the values of these names."""
     if cell.missing:
         return cell.missing
-    if values:
+    for name in names or (cell.value,):
+        if records and not _have(records, name):
+            known = set.intersection(*(set(record["values"]) for record in records))
+            return f"no value {name!r}; there are {', '.join(sorted(known))}"
+    if records:
         return "no finite value for every seed"
     runs: list[Run] = plan.runs(cell)
     dataset = runs[0].network.dataset

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from reproduce.files import sha256
 from reproduce.plan import Network, Plan, Run
 
 DIGITS = Network("convex", "digits", "fcnn", "none", 0)
@@ -164,6 +165,49 @@ def test_unknown_names_are_refused(bench):
         ValueError, match="no 'vgg' in networks of the settings; there are fcnn, nin"
     ):
         bench.plan().recipe(Network("convex", "digits", "vgg", "none", 0))
+
+
+def mistyped(bench, message, **changes):
+    column = bench.content["tables"]["3"]["columns"]["rho1"]
+    before = dict(column)
+    column |= changes
+    bench.write()
+    with pytest.raises(ValueError, match=message):
+        bench.plan().items  # noqa: B018
+    column.clear()
+    column |= before
+
+
+def test_what_is_mistyped_in_a_cell_is_said_before_anything_runs(bench):
+    where = "convex-3, fcnn, rho1: "
+    mistyped(bench, where + "no 'depfool' in attacks .* there are clean, d", attack="depfool")
+    mistyped(bench, where + "no 'nnoe' in defenses .* there are none", defense="nnoe")
+    mistyped(
+        bench,
+        where + r"no radius 0\.2 of deepfool; there are 0\.05, 0\.1",
+        value="fooling",
+        at=0.2,
+    )
+    mistyped(bench, "a cell of convex has no atack; there are model, attack", atack="pgd")
+    bench.content["tables"]["3"]["columns"]["rho1"] |= {"value": "fooling", "at": 0.1}
+    bench.content["tables"]["3"]["rows"]["other"] = {"model": "fcnnn", "missing": "no such network"}
+    bench.write()
+    assert bench.plan().items
+    bench.content["figures"]["3a"]["clean"]["attack"] = "claen"
+    bench.write()
+    with pytest.raises(ValueError, match="convex-figure-3a, clean: no 'claen' in attacks"):
+        bench.plan().items  # noqa: B018
+
+
+def test_weights_at_hand_are_those_of_the_record(bench):
+    plan = bench.plan()
+    pretend(plan, DIGITS)
+    assert not plan.whole(DIGITS)
+    plan.weights(DIGITS).parent.mkdir(parents=True)
+    plan.weights(DIGITS).write_bytes(b"weights")
+    assert not plan.whole(DIGITS), "other weights than those that the record is of"
+    edit(plan.record(DIGITS), weights=sha256(plan.weights(DIGITS)))
+    assert plan.whole(DIGITS)
 
 
 def test_the_stored_settings_fit_the_papers_tables():

@@ -407,6 +407,59 @@ def test_table_and_figure_are_means_over_seeds_and_tell_what_is_missing(bench):
     assert summary.draw(content)[:4] == b"\x89PNG"
 
 
+def invented(plan, item, values):
+    """Records of a figure's or table's runs with values as the measures might give them."""
+    for cell in item.needed:
+        for run in plan.runs(cell):
+            settings = {"training": plan.recipe(run.network), "attack": plan.attack(run)}
+            record = {"settings": settings, "weights": "w", "seed": run.network.seed}
+            record |= {"images": 60, "of": 400, "complete": True, "dataset": "digits"}
+            write_json(plan.record(run), record | {"values": values(run)})
+
+
+def test_one_missing_value_leaves_a_gap_in_a_curve_and_no_spread(bench):
+    plan = bench.plan()
+    item = plan.items["convex-figure-3a"]
+    shares = {0: [0.2, 0.4], 1: [0.4, None]}
+    invented(
+        plan,
+        item,
+        lambda run: {"eps": [0.05, 0.1], "fooling": shares[run.network.seed], "error": 0.1},
+    )
+    content = summary.figure(plan, item)
+    curve = content["curves"]["PGD"]
+    assert curve["y"][0] == pytest.approx(30)
+    assert curve["spread"] == [pytest.approx(20 / math.sqrt(2)), None]
+    assert math.isnan(curve["y"][1])
+    assert content["clean"]["spread"] == 0
+    assert summary.draw(content)[:4] == b"\x89PNG"
+    assert summary._spread([1.0]) is summary._spread([]) is None
+    assert summary._spread([1.0, math.inf]) is None
+
+
+def test_a_mistyped_value_is_named_as_the_reason(bench):
+    bench.content["tables"]["3"]["columns"]["test-error"]["value"] = "eror"
+    bench.content["figures"]["3a"]["cell"]["value"] = "foolign"
+    bench.write()
+    plan = bench.plan()
+    table, drawing = plan.items["convex-3"], plan.items["convex-figure-3a"]
+    invented(plan, drawing, lambda run: {"eps": [0.1], "error": 0.1, "rho1": None})
+    gaps = summary.table(plan, table)["missing"]
+    why = {(gap["row"], gap["column"]): gap["why"] for gap in gaps}
+    assert why["fcnn", "test-error"] == "no value 'eror'; there are eps, error, rho1"
+    assert why["fcnn", "rho1"] == "no finite value for every seed"
+    content = summary.figure(plan, drawing)
+    assert {gap["why"] for gap in content["missing"]} == {
+        "no value 'foolign'; there are eps, error, rho1"
+    }
+    assert len(content["missing"]) == 2
+    bench.content["figures"]["3a"] |= {"x": "esp", "cell": {"model": "fcnn", "value": "error"}}
+    bench.write()
+    plan = bench.plan()
+    content = summary.figure(plan, plan.items["convex-figure-3a"])
+    assert {gap["why"][:14] for gap in content["missing"]} == {"no value 'esp'"}
+
+
 def test_what_older_code_made_is_marked(bench, network):
     plan, run = bench.plan(), Run(network, "clean")
     make(plan, run)

@@ -19,6 +19,11 @@ def first(x):
 def second(x):
     return tools.shift(x)
 
+def within(x):
+    from adv.tools import shift as moved
+
+    return moved(x)
+
 class Third:
     def go(self):
         return first(self)
@@ -31,7 +36,7 @@ def digests(tmp_path, monkeypatch):
     (tmp_path / "adv").mkdir()
     (tmp_path / "adv" / "__init__.py").write_text("")
     monkeypatch.setattr(versions, "ROOT", tmp_path)
-    names = ("first", "second", "Third", "TABLE[a]")
+    names = ("first", "second", "within", "Third", "TABLE[a]")
 
     def get(main=MAIN, tools=TOOLS):
         (tmp_path / "adv" / "main.py").write_text(main)
@@ -56,14 +61,17 @@ def test_words_and_neighbors_do_not_count(digests):
     before = digests()
     assert before == digests(MAIN.replace("What it does.", "It does more.").replace("  # plus", ""))
     assert before == digests(MAIN + "\ndef fourth(x):\n    return x\n")
-    assert len(set(before.values())) == 4
+    assert len(set(before.values())) == 5
 
 
 def test_what_is_used_counts_however_far_away(digests):
     before = digests()
     after = digests(tools=TOOLS.replace("2 * x", "3 * x"))
     assert changed(before, after) == {"first", "Third", "TABLE[a]"}
-    assert changed(before, digests(tools=TOOLS.replace("x + 1", "x - 1"))) == {"second"}
+    assert changed(before, digests(tools=TOOLS.replace("x + 1", "x - 1"))) == {
+        "second",
+        "within",
+    }
     assert changed(before, digests(MAIN.replace("LIMIT = 3", "LIMIT = 4"))) == {
         "first",
         "Third",

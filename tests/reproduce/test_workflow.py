@@ -1,12 +1,16 @@
 """The workflow as a user runs it, on digits: what runs, what doesn't, and after a kill."""
 
 import os
+import re
 import signal
 import subprocess
 import time
 
+import pytest
+
+from reproduce.__main__ import alone, main
 from reproduce.files import read
-from reproduce.plan import ROOT
+from reproduce.plan import ROOT, _datasets
 
 
 def records(plan):
@@ -74,3 +78,38 @@ def test_unknown_names_are_refused(bench):
     assert "no convex-9; there are convex-3" in bench.run("convex-9", "--dry", status=1)
     told = bench.run("convex-3", "--only=vgg", "--dry", status=1)
     assert "no network vgg in these; there are fcnn, nin" in told
+
+
+def test_names_may_have_dots_and_a_dry_run_leaves_no_trace(bench):
+    content = bench.content
+    content["networks"]["mlp-1.5"] = content["networks"].pop("fcnn") | {"seeds": 1}
+    content["defenses"]["at-0.1"] = {"training": {"epochs": 2}}
+    content["attacks"]["clean.all"] = content["attacks"].pop("clean")
+    content["tables"] = {
+        "4.1": {
+            "rows": {"at": {"model": "mlp-1.5", "defense": "at-0.1"}},
+            "columns": {"test-error": {"attack": "clean.all", "value": "error"}},
+        }
+    }
+    del content["figures"]
+    bench.write()
+    told = bench.run("--dry")
+    assert "2 trainings and attacks to run" in told
+    assert re.search(r"^total +4$", told, flags=re.M)  # train, attack, measure, table
+    assert not {"results", "work"} & {path.name for path in bench.folder.iterdir()}
+    # Nor does one wait for a run that goes on.
+    with alone(bench.plan().work):
+        bench.run("--dry")
+        assert "another run holds" in bench.run(status=1)
+
+
+def test_what_is_wrong_with_data_or_settings_is_said_in_a_line(bench, monkeypatch):
+    folders = [f"--{name}={bench.folder / name}" for name in ("settings", "results", "work")]
+    _datasets.cache_clear()
+    monkeypatch.setenv("ADV_DATA", str(bench.folder / "nowhere"))
+    with pytest.raises(SystemExit, match=r"^reproduce: ADV_DATA=.*nowhere is not a folder"):
+        main(["convex-3", "--dry", *folders])
+    bench.content["tables"]["3"]["columns"]["rho1"]["attack"] = "depfool"
+    bench.write()
+    with pytest.raises(SystemExit, match=r"^reproduce: convex-3, fcnn, rho1: no 'depfool'"):
+        main(["convex-3", "--dry", *folders])
