@@ -139,21 +139,23 @@ def coherence(phi: Float[Tensor, "... M N"]) -> Float[Tensor, "..."]:
         phi: (..., M, N) matrices with at least two columns, none of them zero.
 
     Returns:
-        (...) values in [0, 1].
+        (...) values in [0, 1], float64.
 
     Raises:
-        ValueError: fewer columns, or a column of zeros.
+        ValueError: fewer columns, a column of zeros, or values that are not finite.
 
     Source: section 2.
     """
+    phi = phi.double()
+    if not phi.isfinite().all():
+        raise ValueError("phi must be finite")
     lengths = phi.norm(dim=-2, keepdim=True)
     if phi.shape[-1] < 2 or bool((lengths == 0).any()):
         raise ValueError("coherence needs two or more columns, none of them zero")
     unit = phi / lengths
     gram = (unit.mT @ unit).abs()
-    return gram.masked_fill(torch.eye(phi.shape[-1], dtype=torch.bool, device=phi.device), 0).amax(
-        dim=(-2, -1)
-    )
+    itself = torch.eye(phi.shape[-1], dtype=torch.bool, device=phi.device)
+    return gram.masked_fill(itself, 0).amax(dim=(-2, -1)).clamp_max(1)  # rounding may pass 1
 
 
 def welch_bound(rows: int, columns: int) -> float:
@@ -161,9 +163,14 @@ def welch_bound(rows: int, columns: int) -> float:
 
     $\mu\ge\sqrt{(N-M)/(M(N-1))}$ for $N\ge M$; 0 otherwise.
 
+    Raises:
+        ValueError: no rows or no columns.
+
     Source: Welch (1974).
     """
-    if columns <= max(rows, 1):
+    if rows < 1 or columns < 1:
+        raise ValueError(f"rows and columns must be at least 1, not {rows} and {columns}")
+    if columns <= rows:
         return 0.0
     return math.sqrt((columns - rows) / (rows * (columns - 1)))
 
@@ -171,8 +178,9 @@ def welch_bound(rows: int, columns: int) -> float:
 def guaranteed_sparsity(mu: float) -> int:
     r"""The largest $K$ for which coherence $\mu$ proves that $K$-sparse signals are unique.
 
-    $K<\frac12(1+1/\mu)$, strictly (E1). Independent columns of coherence 0 prove any $K$: there
-    it raises an error.
+    $K<\frac12(1+1/\mu)$, strictly (E1). A coherence is known up to rounding only: what a right side
+    smaller by a millionth would not prove is not claimed. Independent columns of coherence 0 prove
+    any $K$: there it raises an error.
 
     Raises:
         ValueError: ``mu`` is not in (0, 1].
@@ -181,7 +189,7 @@ def guaranteed_sparsity(mu: float) -> int:
     """
     if not 0 < mu <= 1:
         raise ValueError(f"mu must be in (0, 1], not {mu}")
-    return math.ceil((1 + 1 / mu) / 2) - 1
+    return max(math.ceil((1 + 1 / mu) / 2 * (1 - 1e-6)) - 1, 0)
 
 
 def isometry(
@@ -231,7 +239,7 @@ def sparsest(
     Args:
         phi: (M, N) the encoder.
         y: (M,) a code.
-        bound: how large a coefficient may be.
+        bound: how large a coefficient may be. One below a millionth of it may be lost.
         most: how many coefficients may be nonzero at most, if that is known.
 
     Returns:
@@ -239,10 +247,13 @@ def sparsest(
         zero.
 
     Raises:
-        ValueError: there is none, or HiGHS stopped without a proof.
+        ValueError: there is none, HiGHS stopped without a proof, or what it found has another code
+            because of coefficients too small for the bound; a bound that is not positive.
 
     Source: (2.1).
     """
+    if not 0 < bound < math.inf:
+        raise ValueError(f"bound must be positive and finite, not {bound}")
     a, b = phi.double().cpu().numpy(), y.double().cpu().numpy()
     n = a.shape[1]
     eye = np.eye(n)
@@ -250,11 +261,11 @@ def sparsest(
     result = milp(
         np.r_[np.zeros(n), np.ones(n)],
         integrality=np.r_[np.zeros(n), np.ones(n)],
-        bounds=(np.r_[-bound * np.ones(n), np.zeros(n)], np.r_[bound * np.ones(n), np.ones(n)]),
+        bounds=(np.r_[-np.ones(n), np.zeros(n)], np.ones(2 * n)),  # of x / bound, and binaries
         constraints=[
-            LinearConstraint(np.hstack([a, 0 * a]), b, b),
-            LinearConstraint(np.hstack([eye, -bound * eye]), -np.inf, 0),
-            LinearConstraint(np.hstack([eye, bound * eye]), 0, np.inf),
+            LinearConstraint(np.hstack([a, 0 * a]), b / bound, b / bound),
+            LinearConstraint(np.hstack([eye, -eye]), -np.inf, 0),
+            LinearConstraint(np.hstack([eye, eye]), 0, np.inf),
             LinearConstraint(np.r_[np.zeros(n), np.ones(n)], 0, limit),
         ],
     )
@@ -263,6 +274,11 @@ def sparsest(
     active = result.x[n:] > 0.5
     x = np.zeros(n)
     x[active] = np.linalg.lstsq(a[:, active], b, rcond=None)[0]  # without the solver's tolerances
+    # The solver's binaries are right to 1e-6: a small coefficient can pass for zero.
+    if np.abs(a @ x - b).max() > 1e-6 * np.abs(b).max():
+        raise ValueError(
+            f"coefficients below 1e-6 of the bound {bound} were lost; give a tighter one"
+        )
     return torch.from_numpy(x).to(phi)
 
 
@@ -327,7 +343,8 @@ def linear_attack(
         The perturbations, their parts, and the multipliers.
 
     Raises:
-        ValueError: both or neither of ``eps`` and ``lam``, or values that can't be.
+        ValueError: both or neither of ``eps`` and ``lam``, shapes that don't fit, or values that
+            can't be.
 
     Source: (3.1) to (3.6), with the square in (3.3) (E6) and the case of $\lambda=0$ (E7).
     """
@@ -338,6 +355,8 @@ def linear_attack(
             f"sources and targets must be (B, {phi.shape[1]}), not {tuple(x_s.shape)} and "
             f"{tuple(x_t.shape)}"
         )
+    if not all(bool(t.isfinite().all()) for t in (phi, x_s, x_t)):
+        raise ValueError("the encoder, sources and targets must be finite")
     squares, v = _spectrum(phi)
     if lam is not None:
         _check_lam(lam)
@@ -371,6 +390,8 @@ def _secular(
     squares: Float[Tensor, " r"], c: Float[Tensor, "B r"], eps: float
 ) -> Float[Tensor, " B"]:
     """The multipliers: Newton's steps, halving the bracket where one would leave it."""
+    if not len(squares):
+        return c.new_zeros(len(c))
     gradient = (squares * c).norm(dim=1)
     low, high = (gradient / eps - squares.max()).clamp_min(0), gradient / eps
     lam, slack = torch.zeros_like(gradient), c.norm(dim=1) <= eps

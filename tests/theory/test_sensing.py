@@ -98,6 +98,17 @@ def test_coherence_by_loops():
 def test_coherence_refuses(phi):
     with pytest.raises(ValueError, match="two or more columns"):
         coherence(phi)
+    with pytest.raises(ValueError, match="finite"):
+        coherence(torch.full((3, 3), math.nan))
+
+
+def test_coherence_is_at_most_one_whatever_the_rounding():
+    draws = torch.Generator().manual_seed(0)
+    column = torch.rand(500, 7, 1, generator=draws, dtype=torch.float64)
+    twins = torch.cat([column, 3 * column], dim=2)
+    assert coherence(twins).max() == 1
+    assert {guaranteed_sparsity(float(mu)) for mu in coherence(twins)} == {0}
+    assert {guaranteed_sparsity(float(mu)) for mu in coherence(twins.float())} == {0}
 
 
 @settings(max_examples=30, deadline=None)
@@ -113,6 +124,9 @@ def test_welch_is_reached_by_an_equiangular_frame():
     assert coherence(frame).item() == pytest.approx(welch_bound(2, 3), abs=1e-12)
     assert welch_bound(50, 225) == pytest.approx(0.125, abs=1e-15)
     assert welch_bound(5, 5) == 0
+    for rows, columns in ((0, 5), (5, 0), (-1, 5)):
+        with pytest.raises(ValueError, match="at least 1"):
+            welch_bound(rows, columns)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +134,14 @@ def test_welch_is_reached_by_an_equiangular_frame():
 )
 def test_guaranteed_sparsity_is_strict(mu, most):
     assert guaranteed_sparsity(mu) == most
+
+
+def test_rounding_proves_nothing_more():
+    # (1 + 49) / 2 = 25 is no K below itself; nor is any other with an odd 1 / mu.
+    for odd in range(1, 200, 2):
+        for mu in (1 / odd, np.nextafter(1 / odd, 0), float(np.float32(1 / odd))):
+            assert guaranteed_sparsity(min(mu, 1.0)) == (odd - 1) // 2
+        assert guaranteed_sparsity(0.9999 / odd) == (odd + 1) // 2
 
 
 @pytest.mark.parametrize("mu", [0, -0.1, 1.1, math.nan])
@@ -168,6 +190,23 @@ def test_sparsest_by_all_supports():
     found = sparsest(phi, y, bound=4.0)
     assert int((found != 0).sum()) == min(fits) == 2
     assert (found - x).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+def test_small_coefficients_are_found_or_their_loss_is_said(scale):
+    phi = gaussian_encoder(6, 12, seed=5)
+    x = torch.zeros(12, dtype=torch.float64)
+    x[[2, 7]] = scale * torch.tensor([1.5, 1e-4], dtype=torch.float64)
+    assert (sparsest(phi, phi @ x, bound=4 * scale) - x).abs().max() < 1e-10 * scale
+    with pytest.raises(ValueError, match="give a tighter one"):
+        sparsest(phi, phi @ x, bound=1e4 * scale)
+    assert (sparsest(phi, 0 * phi @ x, bound=scale) == 0).all()
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, math.inf])
+def test_bad_bounds(bound):
+    with pytest.raises(ValueError, match="bound must be"):
+        sparsest(torch.eye(2), torch.ones(2), bound=bound)
 
 
 def test_no_solution_is_said():
@@ -254,6 +293,24 @@ def test_dependent_rows_and_equal_signals():
     assert attack.delta.norm(dim=1).tolist() == pytest.approx([0.1, 0])
     assert attack.lam[1] == 0
     assert torch.linalg.matrix_rank(matched(phi, 0.0)) == 2
+
+
+def test_an_encoder_of_zeros_needs_no_attack():
+    _, x_s, x_t = pairs(3, 5, 2, seed=0)
+    for wish in ({"eps": 0.5}, {"lam": 0.0}, {"lam": 2.0}):
+        attack = linear_attack(torch.zeros(3, 5).double(), x_s, x_t, **wish)
+        assert (attack.delta == 0).all()
+        assert attack.lam.tolist() == [wish.get("lam", 0.0)] * 2
+
+
+def test_values_that_are_not_finite():
+    phi, x_s, x_t = pairs(3, 5, 2, seed=0)
+    for bad in (math.nan, math.inf):
+        for which in range(3):
+            parts = [phi.clone(), x_s.clone(), x_t.clone()]
+            parts[which][1, 2] = bad
+            with pytest.raises(ValueError, match="must be finite"):
+                linear_attack(*parts, eps=1.0)
 
 
 @pytest.mark.parametrize(
