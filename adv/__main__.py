@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import sqlite3
 import sys
 import warnings
 import webbrowser
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 import safetensors.torch
 import torch
 import typer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import adv.lab
@@ -38,6 +40,9 @@ app = typer.Typer(
 JUDGED = tuple(f"digits/{n}" for n in ("margin-ce", "margin-at", "margin-vat", "margin-l2-1e-1"))
 JUDGED += ("digits/critic",)
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "pandas")
+# What a wrong file, model or number may raise; anything else is a fault of this program.
+EXPECTED: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, RuntimeError, KeyError)
+EXPECTED += (ArithmeticError, ImportError, EOFError, MemoryError, sqlite3.Error, SafetensorError)
 
 
 class AttackName(StrEnum):
@@ -180,7 +185,9 @@ def ask(
     seed: Annotated[int, typer.Option(help="Seed of the order of the images.")] = 0,
     table: Annotated[bool, typer.Option("--table", help="Show the shares and end.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the answers here and end.")] = None,
-    port: Annotated[int, typer.Option(help="Port of the page; 0 for a free one.")] = 8015,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the page; 0 for a free one.")
+    ] = 8015,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """Ask people which digit adversarial images show: a page for this machine's browsers.
@@ -216,6 +223,8 @@ def _study(
         if images is not None or networks:
             raise typer.BadParameter(f"{store} has its images already; give another name")
         return annotate.Study(store)
+    if not store.parent.is_dir():
+        raise UnusableError(f"no folder {store.parent} for {store.name}; make it first")
     if images is not None:
         return annotate.Study.create(store, annotate.Collection.load(images), seed=seed)
     names = networks or list(JUDGED)
@@ -273,8 +282,10 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _echo_rows(rows: Iterable[tuple[str, str]]) -> None:
-    for name, text in rows:
-        typer.echo(f"  {name:<24}{text}")
+    shown = list(rows)
+    width = max([24, *(len(name) + 2 for name, _ in shown)])
+    for name, text in shown:
+        typer.echo(f"  {name:<{width}}{text}")
 
 
 def _percent(share: float | None) -> str:
@@ -354,9 +365,12 @@ def _made(path: str) -> nn.Module:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # an installed command does not search where it runs
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, ValueError) as error:
-        raise UnusableError(f"cannot import {module_name!r}: {error}") from error
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # the module is the user's and may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise UnusableError(f"cannot import {module_name!r}: {reason}") from error
+    try:
+        factory = getattr(module, attribute)
     except AttributeError as error:
         raise UnusableError(f"module {module_name!r} has no {attribute!r}") from error
     if not callable(factory):
@@ -392,7 +406,7 @@ def _check_fit(network: nn.Module, x: Tensor, model: str, data_name: str, classe
     try:
         with torch.no_grad():
             logits = network(x[:2])
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # the model is the user's and may raise anything
         raise UnusableError(
             f"{model} does not take {data_name}'s images {shape}: {error}"
         ) from error
@@ -412,7 +426,7 @@ def _friendly() -> Iterator[None]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default", UserWarning)
             yield
-    except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
+    except EXPECTED as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         typer.echo(f"adv: {text or type(error).__name__}", err=True)
         raise typer.Exit(1) from error

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import json
+import sqlite3
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 from adv.__main__ import app
 from adv.attacks.boundary import deepfool
 from adv.attacks.gradient import fgsm
-from adv.lab import data, evaluation, zoo
+from adv.lab import annotate, data, evaluation, training, zoo
 
 FACTORY = """
 import torch
@@ -37,6 +39,10 @@ def broken():
 
 def text():
     return "no network"
+
+class Picky(nn.Module):
+    def forward(self, x):
+        return x[0, 0, 100]
 
 number = 3
 """
@@ -181,6 +187,11 @@ WITH = (*BASE, "--weights")
         (["mynet:number", *BASE], 1, "no factory"),
         (["mynet:broken", *BASE], 1, "the disk is full"),
         (["mynet:text", *BASE], 1, "returned a str"),
+        (["mynet:Picky", *BASE], 1, "does not take digits's images"),
+        (["bad_syntax:make", *BASE], 1, "cannot import 'bad_syntax': SyntaxError"),
+        (["bad_number:make", *BASE], 1, "cannot import 'bad_number': ZeroDivisionError: div"),
+        (["bad_name:make", *BASE], 1, "cannot import 'bad_name': AttributeError: module 'math'"),
+        (["bad_end:make", *BASE], 1, "cannot import 'bad_end': SystemExit: 0"),
         (["mynet:wide", *BASE], 1, "does not take digits's images (1, 8, 8)"),
         (["mynet:two", *BASE], 1, "(B, 10) logits"),
         (["mynet:seven", *BASE, "--samples", 1], 1, "(B, 10) logits"),
@@ -210,6 +221,10 @@ def test_errors_are_one_friendly_message(here, linear, arguments, code, message,
     (here / "hello.pt").write_bytes(b"hello")
     (here / "cut.pt").write_bytes((here / "weights.pt").read_bytes()[:-100])
     (here / "text.safetensors").write_text("not tensors")
+    (here / "bad_syntax.py").write_text("def make(:")
+    (here / "bad_number.py").write_text("1 / 0")
+    (here / "bad_name.py").write_text("import math\nmath.absent")
+    (here / "bad_end.py").write_text("raise SystemExit(0)")
     result = run("evaluate", *arguments)
     assert result.exit_code == code, result.output
     assert message in " ".join(result.stderr.replace("│", " ").split())
@@ -239,8 +254,9 @@ def test_info(here):
     shown = run("info")
     assert shown.exit_code == 0
     assert f"torch {importlib.metadata.version('torch')}\n" in shown.stdout
+    words = [line.split() for line in shown.stdout.splitlines()]
     for name in (*data.names(), *zoo.names()):
-        assert name in shown.stdout
+        assert name in [line[0] for line in words]  # no name is glued to its state
 
 
 def test_train(here, monkeypatch):
@@ -265,6 +281,49 @@ def test_train(here, monkeypatch):
     wrong = run("train", "digits/none")
     assert wrong.exit_code == 2
     assert smallest in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        training.DivergenceError("the loss is nan"),
+        OverflowError("too large"),
+        ImportError("no such extra"),
+        EOFError("cut short"),
+        sqlite3.OperationalError("database is locked"),
+        SafetensorError("header too small"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_training_raises_is_one_line(here, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(zoo, "train", fail)
+    result = run("train", zoo.names()[0])
+    assert (result.exit_code, result.stderr) == (1, f"adv: {error}\n")
+
+
+def test_a_bad_place_for_weights_is_told_before_the_training(here, monkeypatch):
+    monkeypatch.setattr(zoo, "_make", lambda *_: pytest.fail("it trained"))
+    result = run("train", zoo.names()[0], "--out", here)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"adv: {here} is no file")
+
+
+def test_annotate_looks_at_its_arguments_before_it_attacks(here, monkeypatch):
+    monkeypatch.setattr(annotate, "collect", lambda *_, **__: pytest.fail("it attacked"))
+    missing = run("annotate", here / "absent" / "answers.sqlite")
+    assert missing.exit_code == 1
+    assert missing.stderr.startswith("adv: no folder")
+    for port in (99999, -1):
+        assert run("annotate", "answers.sqlite", "--port", port).exit_code == 2
+    for content in (b"", b"PK\x03\x04"):
+        (here / "images.npz").write_bytes(content)
+        result = run("annotate", "answers.sqlite", "--images", "images.npz")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("adv: images.npz holds no collection")
+    assert not (here / "answers.sqlite").exists()
 
 
 def test_warnings_are_one_line_each(here):

@@ -15,7 +15,9 @@ import io
 import json
 import math
 import sqlite3
+import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -113,10 +115,10 @@ class Collection:
             ValueError: the file holds something else.
         """
         try:
-            with np.load(path) as file:
+            with Path(path).open("rb") as stream, np.load(stream) as file:
                 images, y, target = (torch.from_numpy(file[n]) for n in ("images", "y", "target"))
                 defense = tuple(map(str, file["defense"]))
-        except (KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} holds no collection of images ({error})") from error
         return Collection(images.float() / 255, y.long(), target.long(), defense)
 
@@ -205,7 +207,7 @@ class Study:
         path: the file of a study that ``Study.create`` made.
 
     Raises:
-        ValueError: there is no file, or it is no study.
+        ValueError: there is no file, or it is no study, or one without images.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -218,6 +220,8 @@ class Study:
                 base.execute("select image, annotator, answer, time from answer limit 1")
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} is no study ({error})") from error
+        if not self.total:
+            raise ValueError(f"{self.path} is a study without images; start another one")
 
     @staticmethod
     def create(path: Path | str, images: Collection, *, seed: int = 0) -> "Study":
@@ -231,7 +235,8 @@ class Study:
         Raises:
             ValueError: the file exists.
         """
-        if Path(path).exists():
+        path = Path(path)
+        if path.exists():
             raise ValueError(f"{path} exists; open it to go on, or give another name")
         order = torch.randperm(len(images.images), generator=generator(seed)).tolist()
         pixels = _bytes(images.images)
@@ -239,9 +244,15 @@ class Study:
             (number, _png(pixels[i]), images.defense[i], int(images.y[i]), int(images.target[i]))
             for number, i in enumerate(order, start=1)
         ]
-        with closing(sqlite3.connect(path)) as base, base:
-            base.executescript(SCHEMA)
-            base.executemany("insert into image values (?, ?, ?, ?, ?)", rows)
+        # Under another name until it is whole: what is cut short must not pass for a study.
+        new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with closing(sqlite3.connect(new)) as base, base:
+                base.executescript(SCHEMA)
+                base.executemany("insert into image values (?, ?, ?, ?, ?)", rows)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
         return Study(path)
 
     @property
@@ -281,7 +292,7 @@ class Study:
             ValueError: no name, no such image, or no such answer.
         """
         name = _name(annotator)
-        if not isinstance(image, int) or not 1 <= image <= self.total:
+        if type(image) is not int or not 1 <= image <= self.total:  # True is no image
             raise ValueError(f"no image {image!r}; there are 1 to {self.total}")
         if answer not in (*ANSWERS, ""):
             raise ValueError(f"an answer is a digit or '?', not {answer!r}")
@@ -383,6 +394,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a question."""
+        self._guarded(self._asked)
+
+    def do_POST(self) -> None:
+        """Keep an answer."""
+        self._guarded(self._answer)
+
+    def _asked(self) -> None:
         address = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         pages: dict[str, Callable[[], None]] = {
@@ -391,17 +409,19 @@ class _Handler(BaseHTTPRequestHandler):
             "/results": lambda: self._json(_results(self.study)),
             "/answers.csv": lambda: self._send(self.study.csv(), "text/csv; charset=utf-8"),
         }
-        self._guarded(pages.get(address.path))
+        pages.get(address.path, self._nothing)()
 
-    def do_POST(self) -> None:
-        """Keep an answer."""
-        self._guarded(self._answer if self.path == "/answer" else None)
+    def _nothing(self) -> None:
+        self._json({"error": f"nothing at {self.path}"}, 404)
 
     def _form(self, query: Mapping[str, str]) -> dict[str, Any]:
         number = int(query["number"]) if "number" in query else None
         return _told(self.study.form(query.get("annotator", ""), number))
 
     def _answer(self) -> None:
+        if self.path != "/answer":
+            self._nothing()
+            return
         # Another site's page may send a form to this address, but not JSON.
         if self.headers.get_content_type() != "application/json":
             raise ValueError("an answer is JSON")
@@ -414,17 +434,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.study.answer(given.get("annotator", ""), given.get("image", 0), given.get("answer", 0))
         self._json({"saved": True})
 
-    def _guarded(self, reply: Callable[[], None] | None) -> None:
-        # A site that points its own name to 127.0.0.1 must not read the answers.
-        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in ("127.0.0.1", "localhost"):
-            self._json({"error": "this page is for the machine itself"}, 403)
-        elif reply is None:
-            self._json({"error": f"nothing at {self.path}"}, 404)
-        else:
-            try:
-                reply()
-            except ValueError as error:
-                self._json({"error": str(error)}, 400)
+    def _guarded(self, reply: Callable[[], None]) -> None:
+        try:
+            # A site that points its own name to 127.0.0.1 must not read the answers.
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+            if host not in ("127.0.0.1", "localhost"):
+                self._json({"error": "this page is for the machine itself"}, 403)
+                return
+            reply()
+        except (ValueError, RecursionError) as error:
+            self._json({"error": str(error)}, 400)
+        except sqlite3.Error as error:
+            self._json({"error": f"the file of answers cannot be used now ({error})"}, 503)
 
     def _json(self, content: Any, status: int = 200) -> None:
         self._send(json.dumps(content), "application/json", status)

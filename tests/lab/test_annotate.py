@@ -4,6 +4,7 @@ Chromium comes from the system, from ``$CHROMIUM``, or from ``playwright install
 """
 
 import csv
+import http.client
 import io
 import json
 import os
@@ -16,7 +17,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -140,6 +143,7 @@ def test_the_table_counts_by_defense_with_wilsons_interval(study):
         (("ann", 0, "3"), "no image 0"),
         (("ann", 61, "3"), "no image 61"),
         (("ann", "1", "3"), "no image '1'"),
+        (("ann", True, "3"), "no image True"),
         (("ann", 1, "10"), "a digit"),
         (("ann", 1, "x"), "a digit"),
         (("ann", 1, None), "a digit"),
@@ -161,6 +165,20 @@ def test_impossible_studies_are_refused(study, tmp_path):
     (tmp_path / "text").write_text("no database " * 100)
     with pytest.raises(ValueError, match="is no study"):
         Study(tmp_path / "text")
+    with closing(sqlite3.connect(tmp_path / "empty.sqlite")) as base:
+        base.executescript(annotate.SCHEMA)
+    with pytest.raises(ValueError, match="without images"):
+        Study(tmp_path / "empty.sqlite")
+
+
+def test_a_study_cut_short_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "SCHEMA", annotate.SCHEMA + "drop table image;")
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        Study.create(tmp_path / "answers.sqlite", collection())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert Study.create(tmp_path / "answers.sqlite", collection()).total == 60
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.sqlite"]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +214,8 @@ def test_collections_go_through_files(tmp_path):
     assert Study.create(tmp_path / "color.sqlite", got).total == 5
     (tmp_path / "bad.npz").write_bytes(b"hello")
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
-    for name in ("bad.npz", "other.npz"):
+    (tmp_path / "empty.npz").touch()
+    for name in ("bad.npz", "other.npz", "empty.npz"):
         with pytest.raises(ValueError, match="holds no collection"):
             Collection.load(tmp_path / name)
 
@@ -261,9 +280,34 @@ def test_strangers_and_nonsense_are_turned_away(address, study):
     assert reply(address, "elsewhere", good)[0] == 404
     for path in ("form", "form?annotator=", "form?annotator=ann&number=9", "form?number=x"):
         assert reply(address, path)[0] == 400
+    deep = b"[" * 9_000
+    true = json.dumps({"annotator": "ann", "image": True, "answer": "3"}).encode()
+    for status, text in (
+        reply(address, "form", Host="["),
+        reply(address, "answer", good, Host="["),
+        reply(address, "answer", deep),
+        reply(address, "answer", true),
+    ):
+        assert status == 400
+        assert json.loads(text)["error"]
+    with closing(http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)) as connection:
+        connection.putrequest("GET", "http://[/", skip_host=True)
+        connection.putheader("Host", "localhost")
+        connection.endheaders()
+        assert connection.getresponse().status == 400
     assert study.answers().empty
     assert reply(address, "answer", good) == (200, '{"saved": true}')
     assert len(study.answers()) == 1
+
+
+def test_a_file_that_fails_is_told_to_the_page(address, study, monkeypatch):
+    good = json.dumps({"annotator": "ann", "image": 1, "answer": "3"}).encode()
+    with sqlite3.connect(study.path) as base:
+        base.execute("alter table answer rename to elsewhere")
+    for path, body in (("answer", good), ("form?annotator=ann", None), ("results", None)):
+        status, text = reply(address, path, body)
+        assert status == 503
+        assert "no such table" in json.loads(text)["error"]
 
 
 def test_the_page_is_for_this_machine_alone(study):
