@@ -190,7 +190,8 @@ def project(
         box: ``(lo, hi)`` shaped like ``delta`` with $lo\le0\le hi$, as ``room`` makes it.
 
     Raises:
-        ValueError: another norm, a negative or NaN ``eps``, shapes or devices that do not fit.
+        ValueError: another norm, an ``eps`` that is a number and negative or NaN, shapes or devices
+            that do not fit.
         TypeError: something else than floating-point tensors and numbers.
 
     Source: chapter ``geometry``.
@@ -219,14 +220,16 @@ def linear_oracle(
     Args:
         g: (B, ...) gradients.
         kind: ``"linf"``, ``"l2"``, ``"l1"``; without a box any number $p\ge1$.
-        eps: radius $\ge0$, in the units of the step; a number or one for each sample, (B,).
+        eps: radius $\ge0$, in the units of the step, a number or one for each sample, (B,); an
+            infinite one gives NaN.
         box: ``(lo, hi)`` shaped like ``g`` with $lo\le0\le hi$, as ``room`` makes it.
 
     Returns:
         (B, ...) steps, 0 where $g_i=0$.
 
     Raises:
-        ValueError: another norm with a box, a negative or NaN ``eps``, shapes that do not fit.
+        ValueError: another norm with a box, an ``eps`` that is a number and negative or NaN, shapes
+            that do not fit.
         TypeError: something else than floating-point tensors and numbers.
 
     Source: Balda et al. (2018), Theorem 2, without a box; chapter ``convex``.
@@ -334,7 +337,8 @@ def prox(
             preconditioned by $\psi$, as in Adam, $w=\psi/a$, and ``lam`` is the penalty's weight.
 
     Raises:
-        ValueError: unknown penalty, negative or NaN ``lam``, shapes or devices that do not fit.
+        ValueError: unknown penalty, a ``lam`` that is a number and negative or NaN, shapes or
+            devices that do not fit.
         TypeError: something else than floating-point tensors and numbers.
 
     Source: Matyasko (2020), eqs. (5.4) and (5.11)-(5.16), with boxes and metrics; chapter

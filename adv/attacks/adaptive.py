@@ -271,15 +271,15 @@ class WarmStart:
 
     An attack asks for $z^*$ at hundreds of points close to one another. From the second call with
     as many inputs on, the solver starts at the better of the last answer and the first one. Several
-    copies of the batch, as ``nes`` asks for, start there too and are forgotten: points whose mean
-    over the copies is about the last input. Any other number of inputs is a new batch.
+    copies of the batch, as ``nes`` asks for, start there too and are forgotten: points in opposite
+    pairs, so that their mean over the copies is the last input. Any others are a new batch.
 
     Args:
         solve: the full solver, inputs to codes; networks in it are in evaluation mode.
         refine: a few steps of it, codes and inputs to better codes.
         inner: $l(z;x)$, by which an answer is the better one.
         reach: how far the mean of an input's copies may be from the input, as a root mean square
-            over its values. For the pairs of ``nes`` it is 0 but for what the defense clips.
+            over its values: rounding, and more where the defense clips the points before.
 
     Raises:
         TypeError, ValueError: a reach that is no number or negative.
@@ -287,7 +287,7 @@ class WarmStart:
     Source: Chen, Xie and Zhu (2020), appendix D; chapter ``generative``.
     """
 
-    def __init__(self, solve: Solver, refine: Refine, inner: Inner, *, reach: float = 0.1) -> None:
+    def __init__(self, solve: Solver, refine: Refine, inner: Inner, *, reach: float = 1e-3) -> None:
         check_number("reach", reach)
         self.solve, self.refine, self.inner, self.reach = solve, refine, inner, reach
         self.x: Tensor | None = None

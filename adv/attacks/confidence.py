@@ -20,10 +20,13 @@ from adv.attacks.common import (
     GradientWatch,
     Model,
     Observe,
+    _plain,
+    _recording,
     check_count,
     check_inputs,
     check_labels,
     check_number,
+    check_range,
     class_gradients,
     eval_mode,
     expand,
@@ -32,6 +35,7 @@ from adv.attacks.common import (
     is_adversarial,
     settled,
 )
+from adv.attacks.jacobian import FINITE
 from adv.geometry import Norm, dual_norm, exponent, steepest
 from adv.geometry import norm as norm_of
 
@@ -109,7 +113,7 @@ def high_confidence(
 
         keep(x)
         for step in range(steps):
-            log_p, w = input_gradient(lambda z: _log_p(model(z), target), x_adv)
+            log_p, w = input_gradient(lambda z: _log_p(model(z), _plain(target)), x_adv)
             w = watch.see(w, best.found)
             if observe is not None:
                 observe(step, {"x_adv": x_adv, "log_p": log_p, "target": target})
@@ -170,11 +174,17 @@ def nearest_class(
     Returns:
         (B,) classes other than ``y``.
 
+    Raises:
+        TypeError, ValueError: inputs that are no finite floating-point batch, labels that don't
+            fit, a single class.
+
     Source: Moosavi-Dezfooli et al. (2016); Matyasko (2020), section 4.3; chapter ``critic``.
     """
+    check_range(x, FINITE)
     check_labels(x, y)
     with eval_mode(model):
         logits, jacobian = class_gradients(model, x)
+    _check_classes(logits, y)
     _, distance = boundary_step(logits, jacobian, y, norm)
     second = logits.scatter(1, y[:, None], -math.inf).argmax(dim=1)
     return torch.where(distance.isfinite().any(dim=1), distance.argmin(dim=1), second)
@@ -220,23 +230,29 @@ def unrolled(
         (B, ...) points with a graph to the model's weights.
 
     Raises:
-        TypeError, ValueError: targets, confidence, overshoot, steps or stop that make no sense.
+        TypeError, ValueError: inputs that are no finite floating-point batch; targets, confidence,
+            overshoot, steps or stop that make no sense; a single class.
 
     Source: Matyasko (2020), Algorithm 1 and section 4.3, as corrected by errata 17; chapter
     ``critic``.
     """
+    check_range(x, FINITE)
     check_labels(x, target)
     check_number("overshoot", overshoot)
     check_count("steps", steps)
-    indicator, start = _indicator(stop), x.detach()
-    with torch.enable_grad(), eval_mode(model):
+    indicator = _indicator(stop)
+    with _recording(), eval_mode(model):
+        start, target = _plain(x), _plain(target)
         c = _log_confidence(model, start, confidence).exp()
         delta, going = torch.zeros_like(start), torch.ones_like(c)
-        for _ in range(steps):
+        for step in range(steps):
             z = start + (delta.detach() if detached else delta)
             if not z.requires_grad:
                 z.requires_grad_()
-            log_p = _log_p(model(z), target)
+            logits = model(z)
+            if step == 0:
+                _check_classes(logits, target)
+            log_p = _log_p(logits, target)
             (w,) = torch.autograd.grad(log_p.sum(), z, create_graph=True)
             going = going * indicator(log_p.exp(), c)
             delta = delta + expand(going, w) * confidence_step(log_p, w, c.log(), norm)
@@ -262,6 +278,16 @@ def _indicator(stop: Stop) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _log_p(logits: Tensor, target: Tensor) -> Float[Tensor, " B"]:
     return logits.log_softmax(dim=1).gather(1, target[:, None]).squeeze(1)
+
+
+def _check_classes(logits: Tensor, y: Tensor) -> None:
+    """Raise unless there are two classes at least, and the labels are among them."""
+    classes = logits.shape[1]
+    if classes < 2:
+        raise ValueError("the model must return at least two classes; write f as (-f, f)")
+    first, last = (int(value) for value in torch.aminmax(y))
+    if first < 0 or last >= classes:
+        raise ValueError(f"labels lie in 0..{classes - 1}, but they span {first}..{last}")
 
 
 def _way_out(model: Model, x: Tensor, y: Tensor, norm: Norm) -> Int[Tensor, " B"]:

@@ -7,6 +7,7 @@ for granted (the radius of a margin), and surrogates for models that cannot be d
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from numbers import Real
 from typing import Any
 
@@ -245,8 +246,8 @@ def ensemble(models: Sequence[Model], weights: Sequence[float] | None = None) ->
         weights: $\alpha_i>0$, finite; they are scaled to sum to 1. Equal by default.
 
     Returns:
-        ``(B, ...) -> (B, K)`` logits. Modules among the models keep their mode: put them into
-        evaluation mode before.
+        ``(B, ...) -> (B, K)`` logits. Modules among the models are run in evaluation mode, and have
+        their own mode back afterwards.
 
     Raises:
         TypeError: one model instead of a sequence of them.
@@ -263,7 +264,10 @@ def ensemble(models: Sequence[Model], weights: Sequence[float] | None = None) ->
     logs = (share / share.sum()).log().tolist()
 
     def together(x: Tensor) -> Tensor:
-        parts = [model(x).log_softmax(1) + log for model, log in zip(models, logs, strict=True)]
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(eval_mode(model))
+            parts = [model(x).log_softmax(1) + log for model, log in zip(models, logs, strict=True)]
         return torch.stack(parts).logsumexp(dim=0)
 
     return together

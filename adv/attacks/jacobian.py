@@ -342,12 +342,18 @@ def trust_region(
     Returns:
         (B, d) of length ``eps``.
 
+    Raises:
+        TypeError, ValueError: matrices or ``b`` that don't fit or aren't finite, a radius that is
+            negative, over 1e30 or NaN.
+
     Source: Balda et al. (2018), (12), which has no solver there; chapter ``regression``.
     """
     check_number("eps", eps)
     J = jacobian.dense() if isinstance(jacobian, Jacobian) else jacobian
     _check_matrices(J)
     _check_like("b", b, J[:, 0])
+    if not bool(b.isfinite().all()):
+        raise ValueError("b has entries that are not finite")
     values, vectors = torch.linalg.eigh(J.transpose(1, 2) @ J)
     gap = values[:, -1:] - values
     c = torch.einsum("bij,bi->bj", vectors, b)
@@ -356,14 +362,14 @@ def trust_region(
         bottom = nu + gap
         return torch.where(bottom > 0, c / bottom, 0.0)
 
-    low = c[:, -1:].abs() / max(eps, 1e-30)
-    high = norm_of(c, "l2")[:, None] / max(eps, 1e-30)
+    radius = max(eps, 1e-30)
+    low, high = c[:, -1:].abs() / radius, norm_of(c, "l2")[:, None] / radius
     for _ in range(200 if c.dtype == torch.float64 else 100):
         middle = (low + high) / 2
         long = norm_of(at(middle), "l2")[:, None] > eps
         low, high = torch.where(long, middle, low), torch.where(long, high, middle)
     z = at(high)[:, :-1]
-    rest = (eps**2 - z.square().sum(1, keepdim=True)).clamp_min(0).sqrt()
+    rest = eps * (1 - (z / radius).square().sum(1, keepdim=True)).clamp_min(0).sqrt()
     z = torch.cat([z, torch.where(c[:, -1:] < 0, -rest, rest)], dim=1)
     return torch.einsum("bij,bj->bi", vectors, z) * (eps > 0)
 

@@ -39,7 +39,11 @@ __all__ = ["Manifold", "latent_fgsm", "latent_noise", "latent_pgd", "reconstruct
 
 
 class Manifold(Protocol):
-    """An encoder and a decoder, both told the label (one that isn't conditional ignores it)."""
+    """An encoder and a decoder, both told the label (one that isn't conditional ignores it).
+
+    Their parameters have the dtype and device of the inputs: convert one of them, or PyTorch raises
+    a ``RuntimeError`` of its own.
+    """
 
     def encode(self, x: Float[Tensor, "B ..."], y: Int[Tensor, " B"]) -> Float[Tensor, "B k"]:
         """Codes of inputs, without random draws: of a variational encoder the posterior's mean."""

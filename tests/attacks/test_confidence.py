@@ -257,6 +257,36 @@ def test_unrolled_changes_nothing_and_works_without_gradients():
     assert one.requires_grad
 
 
+def test_inference_mode_makes_no_difference():
+    model, x = smooth_net(), torch.rand(9, 6).double()
+    y, sure = model(x).argmax(1), torch.full((9,), 0.9, dtype=torch.float64)
+    calls = (high_confidence, nearest_class, unrolled)
+    for call, labels, settings in zip(
+        calls, (y, y, (y + 1) % 4), ({}, {}, {"confidence": sure}), strict=True
+    ):
+        expected = call(model, x, labels, **settings)
+        with torch.inference_mode():
+            found = call(model, x * 1, labels * 1, **{k: v * 1 for k, v in settings.items()})
+        assert torch.equal(found, expected)
+        assert found.requires_grad == expected.requires_grad
+
+
+@pytest.mark.parametrize("call", [nearest_class, unrolled])
+@pytest.mark.parametrize(
+    ("x", "y", "classes", "says"),
+    [
+        (torch.rand(2, 6), [0, 4], 4, r"0\.\.3, .* 0\.\.4"),
+        (torch.rand(2, 6), [-1, 0], 4, r"0\.\.3, .* -1\.\.0"),
+        (torch.rand(2, 6) * math.nan, [0, 1], 4, "NaN"),
+        (torch.rand(0, 6), [], 4, "samples"),
+        (torch.rand(2, 6), [0, 0], 1, "two classes"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(call, x, y, classes, says):
+    with pytest.raises(ValueError, match=says):
+        call(nn.Linear(6, classes), x, torch.tensor(y, dtype=torch.int64))
+
+
 BAD = [
     ({"confidence": 0.0}, ValueError),
     ({"confidence": 1.2}, ValueError),

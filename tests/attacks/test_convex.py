@@ -303,6 +303,18 @@ def test_an_ensemble_averages_probabilities():
     assert torch.equal(alone, gnm(models[0], x, y, eps=0.1, loss="ce"))
 
 
+def test_an_ensemble_runs_its_models_in_evaluation_mode():
+    parts = [nn.BatchNorm1d(6), nn.Linear(6, 3), nn.Dropout()]
+    net, x, y = nn.Sequential(*parts), torch.rand(5, 6), torch.zeros(5, dtype=torch.int64)
+    before, state = [b.clone() for b in net.buffers()], torch.random.get_rng_state()
+    model = ensemble([net, lambda z: z[:, :3]])
+    gnm(model, x, y, eps=0.1, steps=2)
+    assert torch.equal(model(x), model(x))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))
+    assert all(part.training for part in net.modules())
+
+
 @pytest.mark.parametrize(
     ("models", "weights"),
     [

@@ -238,6 +238,15 @@ def test_trust_region_in_the_hard_case():
     assert not trust_region(J, b, 0.0).any()
 
 
+@pytest.mark.parametrize("eps", [0.7, 1e5, 1e20, 1e30])
+def test_trust_region_of_any_radius_in_single_precision(eps):
+    J, b = gaussian(4, 5, 7).float(), gaussian(4, 7, seed=3).float()
+    delta = trust_region(J, b, eps)
+    exact = trust_region(J.double(), b.double(), eps)
+    assert torch.allclose(length(delta, "l2") / eps, torch.ones(4))
+    assert torch.allclose(delta.double() / eps, exact / eps, atol=1e-5)
+
+
 def test_which_linearization_wins():
     """The sheet's shares of the exact optimum, as the residual grows."""
     J, eps = gaussian(1000, 10, 15), 1.0
@@ -476,6 +485,7 @@ BAD = {
         ("direction", lambda: go(oracle=lambda g: g[:, 1:])),
         ("b has shape", lambda: trust_region(MATRICES, STEP[:1], 1.0)),
         ("eps", lambda: trust_region(MATRICES, STEP, -1.0)),
+        ("b has entries", lambda: trust_region(MATRICES, STEP * math.nan, 1.0)),
         ("offset", lambda: greedy_signs(MATRICES, STEP)),
         ("offset", lambda: best_signs(MATRICES, OFFSET[:1])),
         ("offset", lambda: flip_search(MATRICES, torch.ones_like(STEP), STEP)),
