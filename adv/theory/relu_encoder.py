@@ -28,6 +28,7 @@ SHARPNESS = (5.0, 20.0, 100.0, 500.0, 3000.0)
 NEAR = tuple(10.0**-k for k in range(1, 7))
 """How near to its kink, relative to the largest, a unit is tried as being at it."""
 ROUNDING = 1e-9
+"""What counts as zero of the forces at a kink, relative to 1 and to themselves."""
 
 
 class HiddenAttack(NamedTuple):
@@ -116,7 +117,8 @@ def hidden_attack(
         The attack, its active units and its pieces.
 
     Raises:
-        ValueError: shapes that don't fit, dependent atoms, or ``lam`` not positive.
+        ValueError: shapes that don't fit, values that are not finite, dependent atoms, or ``lam``
+            not positive.
 
     Source: (5.1) to (5.4), (A.1) to (A.16), corrected by E9 to E17.
     """
@@ -177,7 +179,7 @@ def input_attack(
         The best local minimum found. The problem is not convex, so a better one may exist.
 
     Raises:
-        ValueError: shapes that don't fit, or ``lam`` not positive.
+        ValueError: shapes that don't fit, values that are not finite, or ``lam`` not positive.
         RuntimeError: no start led to a consistent pattern.
 
     Source: the corrected form of section 5 and appendix A (E12, E14).
@@ -238,10 +240,12 @@ def _pattern(
         return None
     rest = a @ point - code
     if d_z.shape[1]:
-        # The force that holds a unit at its kink must be a share of what the unit would feel if on.
+        # At a kink, the slope towards off is the force that holds the unit there; towards on it is
+        # the unit's own pull less this force. Where one is negative, the unit gains by leaving.
         force = torch.linalg.lstsq(d_z, -(a.T @ rest + lam * (point - x_s))[:, None]).solution[:, 0]
-        share = force / (phi[:, kink].T @ rest)
-        if bool(((share < -ROUNDING) | (share > 1 + ROUNDING)).any()):
+        pull = phi[:, kink].T @ rest
+        slack = ROUNDING * (1 + force.abs() + pull.abs())
+        if bool(((force < -slack) | (force > pull + slack)).any()):
             return None
     value = float(rest @ rest + lam * (point - x_s) @ (point - x_s))
     return InputAttack(point - x_s, on, kink, informative, nuisance, value)
@@ -262,3 +266,5 @@ def _check(d: Tensor, phi: Tensor, x_s: Tensor, x_t: Tensor, lam: float) -> None
         )
     if not 0 < lam < math.inf:
         raise ValueError(f"lam must be positive and finite, not {lam}")
+    if not all(bool(t.isfinite().all()) for t in (d, phi, x_s, x_t)):
+        raise ValueError("atoms, phi and inputs must be finite")

@@ -4,7 +4,7 @@ import cvxpy as cp
 import pytest
 import torch
 
-from adv.theory.relu_encoder import encode, hidden_attack, input_attack
+from adv.theory.relu_encoder import _pattern, encode, hidden_attack, input_attack
 
 LAM = 0.05
 
@@ -80,6 +80,26 @@ def test_the_input_attack_is_a_local_minimum(seed):
         assert objective(*case, probes).min() >= attack.value - 1e-12
 
 
+@pytest.mark.parametrize("code", [-3.0, -0.5, 0.0, 0.5, 2.0, 5.0])
+@pytest.mark.parametrize("x_s", [-1.0, 0.0, 1.0, 3.0])
+def test_a_unit_rests_at_its_kink_where_that_is_a_minimum(x_s, code):
+    """(max(w, 0) - code)^2 + (w - x_s)^2 at w = 0, against its values on both sides."""
+
+    def value(w):
+        return (max(w, 0.0) - code) ** 2 + (w - x_s) ** 2
+
+    one = torch.ones(1, 1, dtype=torch.float64)
+    near = torch.full((1,), 1e-9, dtype=torch.float64)
+    source = torch.full((1,), x_s, dtype=torch.float64)
+    target = torch.full((1,), code, dtype=torch.float64)
+    found = _pattern(one, one, source, target, 1.0, near, 1.0)
+    minimum = min(value(-1e-4), value(1e-4)) >= value(0.0)
+    assert (found is not None) == minimum
+    if found is not None:
+        assert found.kink.all()
+        assert found.value == pytest.approx(value(0.0))
+
+
 def test_more_starts_are_never_worse_and_kinks_occur():
     cases = [problem(20, 40, 8, seed) for seed in range(3)]
     few = [input_attack(*case, lam=LAM, starts=1) for case in cases]
@@ -111,6 +131,12 @@ def test_bad_input(attack):
     for lam in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="lam"):
             attack(d, phi, x_s, x_t, lam=lam)
+    for bad in (float("nan"), float("inf")):
+        for which in range(4):
+            parts = [part.clone() for part in (d, phi, x_s, x_t)]
+            parts[which].view(-1)[1] = bad
+            with pytest.raises(ValueError, match="finite"):
+                attack(*parts, lam=LAM)
 
 
 def test_more_bad_input():
