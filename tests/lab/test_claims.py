@@ -128,6 +128,15 @@ def test_compare_formats_both_sides(folder):
     assert table.attrs == {"caption": "Errors", "note": "a cell is lost"}
 
 
+def test_a_unit_that_all_columns_share_is_named_once(root):
+    table = compare("autoencoders", "1")
+    assert table.columns.names == ["(code amplitude)", None]
+    labels = [column["label"] for column in paper("autoencoders")["tables"][0]["columns"]]
+    assert list(table.columns.unique(0)) == labels
+    assert table.to_html().count("code amplitude") == 1
+    assert compare("convex", "2").columns.names == [None, None]  # columns without units
+
+
 def test_compare_takes_rows_of_a_results_file(folder):
     rows = [{"id": "b", "values": {"err": 19.0, "rho": float("nan")}, "spread": {"err": 1.25}}]
     table = compare("toy", "1", ours=rows, digits=1)
