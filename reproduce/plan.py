@@ -352,8 +352,10 @@ class Plan:
 
     def older(self, subject: Network | Run) -> str | None:
         """Which code has changed since a stored record was made; None if none has."""
-        record, now = read(self.record(subject)) or {}, self.versions(subject)
-        names = [name for name in now if record.get("code", {}).get(name) != now[name]]
+        code, now = (read(self.record(subject)) or {}).get("code", {}), self.versions(subject)
+        # Records made before the code around was kept as well lack its names, and stand.
+        unlisted = set(self._around(subject)) - code.keys()
+        names = [name for name in now if code.get(name) != now[name] and name not in unlisted]
         return f"code of {', '.join(names)} changed" if names else None
 
     def current(self, run: Run) -> bool:
@@ -380,11 +382,29 @@ class Plan:
 
     def versions(self, subject: Network | Run) -> dict[str, str]:
         """Digests of the code that makes a record, by name."""
-        return {name: versions.digest(name) for name in self._code(subject)}
+        names = [*self._code(subject), *self._around(subject)]
+        return {name: versions.digest(name) for name in names}
 
     def files(self, subject: Network | Run) -> list[Path]:
         """The files of that code."""
-        return sorted(set().union(*map(versions.files, self._code(subject))))
+        return sorted(set().union(*map(versions.files, self.versions(subject))))
+
+    def _around(self, subject: Network | Run) -> list[str]:
+        """The code between the functions of ``_code``: loaders of data, and parts of the steps."""
+        network = subject if isinstance(subject, Network) else subject.network
+        loader = f"adv.lab.data._LOADERS[{network.dataset}]"
+        if isinstance(subject, Run):
+            settings = self.attack(subject)
+            parts = ["vulnerable"] + ["_points"] * (settings.get("target") != "pair")
+            judges = ["adv.lab.committee.assemble"] if "judges" in settings else []
+        else:
+            recipe, judges = self.recipe(subject), []
+            parts = ["_augmented"] if recipe["training"].get("augment") else []
+            if recipe["model"]["name"] in ("wgan", "dc-gan"):
+                parts.append("_game")
+            else:
+                parts += ["_duel"] if "critic" in recipe else ["_fit", "_loss"]
+        return [loader, *judges, *(f"reproduce.steps.{part}{versions.ALONE}" for part in parts)]
 
     def _code(self, subject: Network | Run) -> list[str]:
         if isinstance(subject, Run):

@@ -141,9 +141,7 @@ def attack(plan: Plan, run: Run) -> None:
     model, source = _target(plan, run, 0), data.load(run.network.dataset)
     some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
-    attacked = torch.ones(len(some), dtype=torch.bool, device=place)
-    if settings.get("target", "labels") == "labels" and not settings.get("every"):
-        attacked = success(model, some.x, some.y, targeted=True)
+    attacked = vulnerable(model, some, settings)
     x, y = some.x[attacked], some.y[attacked]
     grid, seed = radii(settings, x), run.network.seed
     used = _used(plan, run) if "uses" in settings else None
@@ -178,6 +176,16 @@ def chosen(test: data.Split, settings: Settings, recipe: Settings) -> data.Split
     if recipe.get("input") == "luminance":
         return data.Split(models.split_color(some.x)[0], some.y)
     return some
+
+
+def vulnerable(model: nn.Module, some: data.Split, settings: Settings) -> Tensor:
+    """Which images are attacked: the correctly classified ones.
+
+    All, where an attack has no labels to miss, and with ``every: true``.
+    """
+    if settings.get("target", "labels") == "labels" and not settings.get("every"):
+        return success(model, some.x, some.y, targeted=True)
+    return torch.ones(len(some), dtype=torch.bool, device=some.x.device)
 
 
 def radii(settings: Settings, x: Tensor) -> list[float] | None:

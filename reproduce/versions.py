@@ -25,6 +25,7 @@ PASSED_OVER = (
     "adv.lab.models._MODELS",
     "adv.lab.peers.PEERS",
 )
+ALONE = " (alone)"
 
 Definition = tuple[str, str]
 
@@ -43,7 +44,8 @@ def digest(name: str) -> str:
 
     Args:
         name: dotted, such as ``"adv.attacks.gradient.pgd"``; an entry of a dictionary is named in
-            brackets, ``"adv.lab.models._MODELS[fcnn]"``.
+            brackets, ``"adv.lab.models._MODELS[fcnn]"``. One that ends in ``" (alone)"`` means a
+            definition without what it uses.
 
     Returns:
         12 hexadecimal digits.
@@ -63,10 +65,15 @@ def files(name: str) -> set[Path]:
 @cache
 def _closure(name: str) -> tuple[tuple[str, ast.AST], ...]:
     """Module and syntax of a definition, and of all that it uses."""
-    name, _, entry = name.partition("[")
+    own = name.endswith(ALONE)
+    name, _, entry = name.removesuffix(ALONE).partition("[")
     module, _, attribute = name.rpartition(".")
     if attribute not in _source(module).definitions:
         raise ValueError(f"no {attribute!r} in {module}")
+    if own:
+        return tuple((module, one) for one in _source(module).definitions[attribute])
+    # Who asks for a loader of data means what it calls; a split only checks and cuts.
+    passed = tuple(f"{one}.Split" if one == module else one for one in PASSED_OVER)
     found: list[tuple[str, ast.AST]] = []
     waiting = [(module, attribute)]
     if entry:
@@ -75,7 +82,7 @@ def _closure(name: str) -> tuple[tuple[str, ast.AST], ...]:
     seen: set[Definition] = set()
     while waiting:
         following = waiting.pop()
-        if following in seen or ".".join(following).startswith(PASSED_OVER):
+        if following in seen or ".".join(following).startswith(passed):
             continue
         seen.add(following)
         for statement in _source(following[0]).definitions[following[1]]:

@@ -1,8 +1,12 @@
 """A digest changes with the code that a function uses, and with nothing else."""
 
+import shutil
+
 import pytest
 
 from reproduce import versions
+from reproduce.files import write_json
+from reproduce.plan import Network, Run
 
 MAIN = '''
 """A module."""
@@ -44,13 +48,13 @@ def digests(tmp_path, monkeypatch):
         clear()
         return {name: versions.digest(f"adv.main.{name}") for name in names}
 
-    def clear():
-        versions.digest.cache_clear()
-        versions._source.cache_clear()
-        versions._closure.cache_clear()
-
     yield get
     clear()
+
+
+def clear():
+    for cached in (versions.digest, versions._source, versions._closure):
+        cached.cache_clear()
 
 
 def changed(before, after):
@@ -78,6 +82,81 @@ def test_what_is_used_counts_however_far_away(digests):
         "TABLE[a]",
     }
     assert changed(before, digests(MAIN.replace("first(self)", "self"))) == {"Third"}
+
+
+def test_a_definition_alone_is_itself(digests):
+    def alone(tools=TOOLS, **changed):
+        digests(tools=tools, **changed)
+        return versions.digest("adv.main.first (alone)")
+
+    before = alone()
+    assert before == alone(TOOLS.replace("2 * x", "3 * x"))
+    assert before != alone(main=MAIN.replace("times(x) +", "times(x) -"))
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the code, and what to call to edit it."""
+    for folder in versions.PACKAGES:
+        shutil.copytree(
+            versions.ROOT / folder,
+            tmp_path / "code" / folder,
+            ignore=lambda _, names: [n for n in names if "." in n and not n.endswith(".py")],
+        )
+    monkeypatch.setattr(versions, "ROOT", tmp_path / "code")
+
+    def edit(file, find, replace):
+        path = tmp_path / "code" / file
+        text = path.read_text()
+        assert text.count(find) == 1
+        path.write_text(text.replace(find, replace))
+        clear()
+
+    clear()
+    yield edit
+    clear()
+
+
+STEPS, DATA = "reproduce/steps.py", "adv/lab/data.py"
+EDITS = [
+    (STEPS, "stages += [(settings[", "stages += [(1 + settings[", {"train"}),
+    (STEPS, "return function if is_loss else", "return function if not is_loss else", {"train"}),
+    (STEPS, "(torch.rand(len(x)) < 0.5)", "(torch.rand(len(x)) < 0.4)", {"train"}),
+    (STEPS, "for eps in sorted(grid or ()):", "for eps in grid or ():", {"pgd", "own"}),
+    (STEPS, "return success(model, some.x, some.y, targeted=True)", "return None", {"pgd", "own"}),
+    (
+        DATA,
+        "bunch.images[:, None]).float() / 16",
+        "bunch.images[:, None]).float() / 15",
+        {"train", "pgd", "own"},
+    ),
+    ("adv/lab/committee.py", "SVC(C=penalty)", "SVC(C=2 * penalty)", {"own"}),
+]
+
+
+@pytest.mark.parametrize(("file", "find", "replace", "outdated"), EDITS)
+def test_code_between_the_functions_counts_for_records_that_list_it(
+    bench, copied, file, find, replace, outdated
+):
+    bench.content["networks"]["fcnn"]["training"]["augment"] = True
+    bench.content["attacks"]["own"] = {"measures": ["error"], "judges": "fcnn"}
+    bench.write()
+    plan, network = bench.plan(), Network("convex", "digits", "fcnn", "none", 0)
+    subjects = {"train": network} | {name: Run(network, name) for name in ("pgd", "own")}
+    code = {name: plan.versions(subject) for name, subject in subjects.items()}
+
+    def older(lists):
+        for name, subject in subjects.items():
+            write_json(plan.record(subject), {"code": lists(name)})
+        return {name for name, subject in subjects.items() if plan.older(subject)}
+
+    assert older(code.get) == set()
+    copied(file, find, replace)
+    assert older(code.get) == outdated
+    # Records of before that list less, and stand; but not without what was listed always.
+    basis = {name: plan._code(subject) for name, subject in subjects.items()}
+    assert older(lambda name: {key: code[name][key] for key in basis[name]}) == set()
+    assert older(lambda name: {}) == set(subjects)
 
 
 def test_the_files_are_those_of_the_code():
