@@ -57,14 +57,15 @@ Strategy = Literal[1, 2, 3]
 # ----------------------------------------------------------------------------------- the generator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth value
 class PPCA:
     r"""Probabilistic PCA, $x=Wz+\mu+e$ with independent normal $z\in\mathbb R^k$ and $e$.
 
     The code $z$ has covariance $I$, the noise $e$ has $\sigma^2I$. The model is given by the law of
     its data; $W$ and $\sigma^2$ are the maximum likelihood ones, $W=U_k(\Lambda_k-\sigma^2I)^{1/2}$
     and $\sigma^2$ the mean of the $d-k$ trailing eigenvalues (0 for $k=d$). Then
-    $W^\top W+\sigma^2I=\Lambda_k$.
+    $W^\top W+\sigma^2I=\Lambda_k$. What is given is kept in float64. Two models are equal only if
+    they are one and the same object.
 
     Args:
         mu: (d,) mean.
@@ -86,6 +87,8 @@ class PPCA:
     k: int
 
     def __post_init__(self) -> None:
+        for name in ("mu", "U", "lam"):
+            object.__setattr__(self, name, getattr(self, name).double())
         d = self.lam.shape[-1]
         if self.lam.ndim != 1 or self.mu.shape != (d,) or self.U.shape != (d, d):
             raise ValueError(
@@ -122,11 +125,17 @@ class PPCA:
         """
         if x.ndim != 2 or x.shape[1] != len(self.mu):
             raise ValueError(f"x must be (B, {len(self.mu)}), not {tuple(x.shape)}")
-        return (x - self.mu) @ self.W / self.lam[: self.k]
+        return (x.double() - self.mu) @ self.W / self.lam[: self.k]
 
     def decode(self, z: Float[Tensor, "B k"]) -> Float[Tensor, "B d"]:
-        r"""The mean $Wz+\mu$ of the images of a code."""
-        return z @ self.W.T + self.mu
+        r"""The mean $Wz+\mu$ of the images of a code.
+
+        Raises:
+            ValueError: codes that are not (B, k).
+        """
+        if z.ndim != 2 or z.shape[1] != self.k:
+            raise ValueError(f"z must be (B, {self.k}), not {tuple(z.shape)}")
+        return z.double() @ self.W.T + self.mu
 
     def pass_through(
         self, x: Float[Tensor, "B d"], strategy: Strategy = 1, seed: int = 0
@@ -152,8 +161,8 @@ class PPCA:
         if strategy == 1:
             return self.decode(z)
         draws = torch.Generator().manual_seed(seed)
-        white = torch.randn(len(x), self.k, generator=draws, dtype=torch.float64).to(x)
-        e = torch.randn(x.shape, generator=draws, dtype=torch.float64).to(x)
+        white = torch.randn(len(x), self.k, generator=draws, dtype=torch.float64).to(z)
+        e = torch.randn(x.shape, generator=draws, dtype=torch.float64).to(z)
         sigma = math.sqrt(self.sigma2)
         z = white if strategy == 3 else z + sigma * white / self.lam[: self.k].sqrt()
         return self.decode(z) + sigma * e
@@ -393,8 +402,9 @@ def multiplier(
         (...) multipliers, above the threshold $\max_iw_i/\lambda_i$.
 
     Raises:
-        ValueError: a budget that is not positive, spectra as in ``displacement``, or no variance in
-            the direction of the threshold, where no linear attack uses up a large budget.
+        ValueError: a budget that is not positive, or so large that its multiplier can't be told
+            from the threshold; spectra as in ``displacement``; or no variance in the direction of
+            the threshold, where no linear attack uses up a large budget.
 
     Source: Lemma 2.
     """
@@ -409,7 +419,10 @@ def multiplier(
     # digits near the threshold; one direction alone needs at least low, all at the threshold high.
     low, high = (c / size - (top - rates)).amax(dim=-1, keepdim=True), _length(c) / size
     slack = _bisect(lambda s: _length(c / (s + top - rates)) > size, low, high)
-    return (top + slack)[..., 0]
+    L = top + slack
+    if (L <= top).any():
+        raise ValueError(f"eps is too large, {float(size.max()):g}: L rounds to its threshold")
+    return L[..., 0]
 
 
 def excess_risk(
@@ -657,8 +670,8 @@ def linear_accuracy(
         A probability in [0, 1].
 
     Raises:
-        ValueError: shapes that do not fit, a negative or infinite ``eps``, a norm without a dual
-            one, or no variance along ``c``.
+        ValueError: shapes that do not fit, values that are not finite, a negative or infinite
+            ``eps``, a norm without a dual one, or no variance along ``c``.
 
     Source: not in the source; follows from its Theorems 5 and 6. Chapter ``gaussian``.
     """
@@ -668,6 +681,8 @@ def linear_accuracy(
         raise ValueError(f"c, mu, Sigma and W must be (d,), (d,), (d, d) and (d, k); c is ({d},)")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, not {eps}")
+    if not all(t.isfinite().all() for t in (c, mu, Sigma, *([] if W is None else [W]))):
+        raise ValueError("c, mu, Sigma and W must be finite")
     spread = c @ Sigma @ c
     if not spread > 0:
         raise ValueError("c must have variance: is it zero, or outside the data's support?")

@@ -122,6 +122,27 @@ def test_codes_are_posterior_means():
     assert torch.allclose(p.decode(torch.zeros(1, K).double())[0], p.mu)
 
 
+def test_everything_is_in_float64():
+    p, single = model(), PPCA(model().mu.float(), model().U.float(), LAM.float(), K)
+    assert {t.dtype for t in (single.mu, single.U, single.lam, single.W)} == {torch.float64}
+    x = draw(p.mu, p.Sigma, 7).float()
+    z = p.encode(x)
+    assert torch.equal(z, p.encode(x.double()))
+    assert torch.allclose(single.encode(x), z, atol=1e-5)
+    assert torch.equal(p.decode(z.float()), p.decode(z.float().double()))
+    for strategy in (1, 2, 3):
+        passed = p.pass_through(x, strategy)
+        assert passed.dtype == torch.float64
+        assert torch.equal(passed, p.pass_through(x.double(), strategy))
+
+
+def test_models_are_compared_as_objects():
+    p = model()
+    assert p == p
+    assert p != model()
+    assert len({p, model()}) == 2
+
+
 def test_lemma_1_in_numbers_and_matrices():
     expected = {1: (4.232, 2.253333333333333, 0.806666666666666, 0, 0, 0), 2: None, 3: None}
     p = model()
@@ -522,6 +543,9 @@ def test_accuracies_by_sampling(norm):
 # ------------------------------------------------------------------------------------------- errors
 
 
+NAN = vector(1, math.nan)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -533,6 +557,8 @@ def test_accuracies_by_sampling(norm):
         (lambda: PPCA(torch.ones(2), torch.ones(2, 2), vector(2, 1), 1), "orthonormal"),
         (lambda: PPCA(torch.full((2,), math.nan), torch.eye(2), vector(2, 1), 1), "finite"),
         (lambda: model().encode(torch.ones(3, 5)), "x must be"),
+        (lambda: model().decode(torch.ones(3, 2)), "z must be"),
+        (lambda: model().decode(torch.ones(3)), "z must be"),
         (lambda: gains(LAM, 1.5), "integer"),
         (lambda: noise(vector(1, 2), 1), "decreasing"),
         (lambda: gains(vector(1, -1), 1), "not negative"),
@@ -545,6 +571,7 @@ def test_accuracies_by_sampling(norm):
         (lambda: displacement(LAM, 9.0, var=-LAM), "not negative"),
         (lambda: multiplier(LAM, 0.0), "eps must be"),
         (lambda: multiplier(LAM, math.nan), "eps must be"),
+        (lambda: multiplier(vector(1, 0.5), 1e17), "rounds to its threshold"),
         (lambda: multiplier(LAM, 1.0, var=vector(1, 1, 1, 1, 1, 0)), "needs variance"),
         (lambda: multiplier(LAM, 1.0, torch.zeros(6)), "needs variance"),
         (lambda: factors(LAM, 9.0, torch.ones(5)), "spectra must agree"),
@@ -565,6 +592,12 @@ def test_accuracies_by_sampling(norm):
         (lambda: linear_accuracy(torch.ones(3), torch.ones(2), torch.eye(2)), "must be"),
         (lambda: linear_accuracy(torch.zeros(2), torch.ones(2), torch.eye(2)), "variance"),
         (lambda: linear_accuracy(torch.ones(2), torch.ones(2), torch.eye(2), eps=-1.0), "eps must"),
+        (lambda: linear_accuracy(torch.ones(2), NAN, torch.eye(2)), "finite"),
+        (lambda: linear_accuracy(NAN, torch.ones(2), torch.eye(2)), "finite"),
+        (
+            lambda: linear_accuracy(torch.ones(2), torch.ones(2), torch.eye(2), W=NAN[:, None]),
+            "finite",
+        ),
         (
             lambda: linear_accuracy(torch.ones(2), torch.ones(2), torch.eye(2), eps=1.0, norm="l0"),
             "norm",
