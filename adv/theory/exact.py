@@ -137,7 +137,7 @@ def minimal_perturbation(
             is not taken on trust: if no point is found within, ``lower`` is what was searched, and
             the result's ``upper`` is infinite.
         target: the class to reach, or (B,) of them; by default the nearest.
-        time_limit: seconds for each input, > 0; what is proved by then is returned.
+        time_limit: seconds for each input, > 0 and finite; what is proved by then is returned.
         bounds: smallest and largest value of an input.
         gap: relative difference of the bounds at which the search ends, in (0, 1).
 
