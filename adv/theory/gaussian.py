@@ -419,10 +419,10 @@ def multiplier(
     # digits near the threshold; one direction alone needs at least low, all at the threshold high.
     low, high = (c / size - (top - rates)).amax(dim=-1, keepdim=True), _length(c) / size
     slack = _bisect(lambda s: _length(c / (s + top - rates)) > size, low, high)
-    L = top + slack
-    if (L <= top).any():
+    found = top + slack
+    if (found <= top).any():
         raise ValueError(f"eps is too large, {float(size.max()):g}: L rounds to its threshold")
-    return L[..., 0]
+    return found[..., 0]
 
 
 def excess_risk(
