@@ -65,10 +65,11 @@ def load(path: Path | str, settings: Mapping[str, Any]) -> dict[str, Any] | None
         kept = torch.load(path, map_location="cpu", weights_only=True)
         theirs, state = dict(kept["settings"]), dict(kept["state"])
     except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"{path} is no checkpoint of a training ({error})") from error
+        advice = f"name another file, or delete it ({error})"
+        raise ValueError(f"{path} is no checkpoint of a training: {advice}") from error
     ours = _plain(dict(settings))
-    if told := [_difference(n, theirs, ours) for n in ours | theirs if _other(n, theirs, ours)]:
-        raise ValueError(f"{path} is the checkpoint of another run ({', '.join(told)}); delete it")
+    if other := [_difference(n, theirs, ours) for n in ours | theirs if _other(n, theirs, ours)]:
+        raise ValueError(f"{path} is the checkpoint of another run ({', '.join(other)}); delete it")
     return state
 
 

@@ -183,18 +183,17 @@ def test_keeps_the_best_epoch_on_validation_and_the_latest_of_equals():
         ([math.nan, -math.inf, math.nan, 0.0], 3),
     ],
 )
-def test_no_score_at_all_is_the_lowest(scores, best):
-    model, marks, told = network(), [], iter(scores)
+def test_no_score_at_all_is_the_lowest(tmp_path, scores, best):
+    model, again, marks, told = network(), network(), [], iter(scores)
     settings = {"epochs": 4, "batch_size": 20, "lr": 0.05, "val": blobs(9, seed=1)}
-    history = quiet(
-        model,
-        blobs(),
-        score=lambda *_: next(told),
-        observe=lambda _, model: marks.append(weights(model)),
-        **settings,
+    settings |= {"score": lambda *_: next(told), "checkpoint": tmp_path / "run.pt"}
+    assert (
+        quiet(model, blobs(), observe=lambda _, m: marks.append(weights(m)), **settings).best
+        == best
     )
-    assert history.best == best
     assert torch.equal(weights(model), marks[best])
+    assert quiet(again, blobs(), **settings).best == best
+    assert torch.equal(weights(again), marks[best]), "also from the file"
 
 
 def test_leaves_flags_and_gradients_as_promised():
