@@ -105,7 +105,12 @@ def test_a_game_is_trained_and_recorded(plan):
     record = read(plan.record(Network("small", "digits", "wgan", "none", 0)))
     assert record["values"]["epochs"] == 20
     assert record["seconds"] > 0
-    assert list(record["code"]) == ["adv.lab.models._MODELS[wgan]", "adv.lab.generative.fit_wgan"]
+    assert list(record["code"]) == [
+        "adv.lab.models._MODELS[wgan]",
+        "adv.lab.generative.fit_wgan",
+        "adv.lab.data._LOADERS[digits]",
+        "reproduce.steps._game (alone)",
+    ]
     other = read(plan.record(Network("small", "digits", "vaes", "none", 0)))
     assert {"adv.lab.models._MODELS[vae]", "adv.lab.generative.class_elbo"} <= set(other["code"])
 
