@@ -54,6 +54,9 @@ SCATTER = 0.3
 """For misled samples: radius of the random starts, as a share of the range."""
 ROAM = 0.55
 """For misled samples: of the passes left after the first trial, the share for further trials."""
+ALONG, BISECT = 4, 8
+"""For misled samples, before the last game: gradients along the way to the nearest found, by which
+entries are dropped from it; bisections of their number, and of the way."""
 SPARSE = ("l1", "l0", "group_l0", "l1/2", "l2/3")
 """Penalties whose solutions leave most entries alone: relaxed games are an alternative."""
 RELAX, RELAXED_SHARE = 1 / 7, 0.9
@@ -205,8 +208,9 @@ def pdpgd(
         seed: of the random points.
         observe: called at each pass with ``x_adv``, ``logits``, ``margin``, ``gradient`` (of the
             margin), ``distance`` (best so far), ``phase`` (``"scout"``, ``"trial"``, ``"explore"``,
-            ``"relaxed"``, ``"game"``, ``"finetune"`` or ``"polish"``), ``index`` (the samples of
-            the pass) and, in a game, the multiplier ``lam`` and the factor ``gain`` of the margin.
+            ``"relaxed"``, ``"retreat"``, ``"game"``, ``"finetune"`` or ``"polish"``), ``index``
+            (the samples of the pass) and, in a game, the multiplier ``lam`` and the factor ``gain``
+            of the margin.
             Samples where linearizations mislead are a batch or two of their own after the
             scouting: step numbers then repeat, once for each batch.
 
@@ -442,7 +446,51 @@ def _roam(search: Search, task: _Task, *, relaxed: bool) -> None:
             _short(search, task.rules, None, TRIAL, start, wide, "trial")
     if not relaxed:
         _explore(search, task.rules, wide, draws)
+    _retreat(search)
     _games(search, task, None, task.distances[:, 0], draws, misled=True)
+
+
+def _retreat(search: Search) -> None:
+    """From the nearest point found back to the boundary, where slopes tell again.
+
+    Under sparse penalties first with fewer of its entries: those that lower the margin most.
+    """
+    if search.h.kind in SPARSE:
+        way = search.nearest()
+        rank, total = _ranks(search, way)
+        _bisect(search, lambda share: torch.where(rank < expand(share * total, way), way, 0.0))
+    if not search.h.counts:  # a shorter way counts as much
+        way = search.nearest()
+        _bisect(search, lambda share: expand(share, way) * way)
+
+
+def _bisect(search: Search, point: Callable[[Tensor], Tensor]) -> None:
+    """Look for the smallest share (B,) whose point is across, from all of it down."""
+    far = torch.ones_like(search.best.distance)
+    near = torch.zeros_like(far)
+    for _ in range(BISECT):
+        share = (near + far) / 2
+        seen = search.look(point(share), None)
+        search.tell(seen, "retreat")
+        across = seen.reached < math.inf
+        near, far = torch.where(across, near, share), torch.where(across, share, far)
+
+
+def _ranks(search: Search, way: Float[Tensor, "B ..."]) -> tuple[Tensor, Float[Tensor, " B"]]:
+    r"""Entries, or pixels, by what each does to the margin, and how many there are.
+
+    $m(0)-m(\delta)=-\sum_i\delta_i\int_0^1\nabla_im(t\delta)\,dt$, by the midpoint rule.
+    """
+    fall = torch.zeros_like(way)
+    for i in range(ALONG):
+        seen = search.look(way * ((i + 0.5) / ALONG), None)
+        search.tell(seen, "retreat")
+        fall -= way * seen.gradient
+    used = way != 0
+    if search.h.kind == "group_l0":
+        fall, used = fall.sum(dim=1, keepdim=True), used.any(dim=1, keepdim=True)
+    order = torch.where(used, fall, -math.inf).flatten(1).argsort(dim=1, descending=True)
+    return order.argsort(dim=1).view_as(fall), used.flatten(1).sum(dim=1)
 
 
 def _misled(search: Search, distances: Float[Tensor, "B C"]) -> Bool[Tensor, " B"]:
