@@ -253,9 +253,9 @@ def compared(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, seed: i
     Returns:
         (N, C, H, W) perturbed images.
     """
-    attack = partial(peers.attack, settings["call"].removeprefix("peers."))
+    peer = partial(peers.attack, settings["call"].removeprefix("peers."))
     given = {name: settings[name] for name in ("steps", "settings", "chunk") if name in settings}
-    return perturb(model, x, y, attack, norm=settings["norm"], seed=seed, **given)
+    return perturb(model, x, y, peer, norm=settings["norm"], seed=seed, **given)
 
 
 def generated(

@@ -229,7 +229,8 @@ def linear(
                 seed=seed,
                 observe=observe,
             )
-        x, box = x.detach(), room(x, bounds) if exponent(norm) in BOXED else None
+        x = x.detach()
+        box = room(x, bounds) if exponent(norm) in BOXED else None
         x_adv, watch = x, GradientWatch(x)
         for step in range(steps):
             point = x_adv

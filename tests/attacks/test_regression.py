@@ -305,6 +305,14 @@ def test_linear_is_its_iteration(curved, accumulate):
     assert torch.allclose(x_adv, at, atol=1e-12)
 
 
+@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_linear_returns_no_graph(curved, norm, accumulate):
+    model, x, _ = curved
+    asked = x.clone().requires_grad_()
+    assert not linear(model, asked, eps=EPS, norm=norm, accumulate=accumulate).requires_grad
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1", 3.0])
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_linear_stays_in_ball_and_box(curved, norm, accumulate):
