@@ -190,7 +190,8 @@ def pdpgd(
     found nearest, and projections at its end. Where the linearizations turn out to mislead, as on
     networks with saturated units, games are against all classes at once, from random points, with
     steps of the order of the range; under sparse penalties a relaxed game is tried too, and goes on
-    where it came nearer. A targeted attack plays one game.
+    where it came nearer. Before their last game they go back to the boundary from the nearest point
+    found. A targeted attack plays one game.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
