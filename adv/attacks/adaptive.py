@@ -17,7 +17,6 @@ The second part are attacks: ``distortion_search``, the common outer loop, and `
 
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +34,8 @@ from adv.attacks.common import (
     check_count,
     check_inputs,
     check_number,
+    check_positive,
+    check_whole,
     eval_mode,
     expand,
     generator,
@@ -112,8 +113,8 @@ def unroll(
 
     Source: Chen, Xie and Zhu (2020), (5) to (8) as corrected by E1 and E5; chapter ``generative``.
     """
-    _check_whole("steps", steps)
-    _check_positive("step_size", step_size)
+    check_whole("steps", steps)
+    check_positive("step_size", step_size)
     record = torch.is_grad_enabled() and x.requires_grad
     with _recording():
         z, x = _plain(z), x.clone() if x.is_inference() else x
@@ -234,8 +235,8 @@ def neumann_gradient(
 
     Source: Chen, Xie and Zhu (2020), Theorem 1 as corrected by E1 to E3; chapter ``generative``.
     """
-    _check_whole("steps", steps)
-    _check_positive("step_size", step_size)
+    check_whole("steps", steps)
+    check_positive("step_size", step_size)
     graph, u = _Graph(inner, z, x, v), torch.zeros_like(v)
     for _ in range(steps):
         u = u + step_size * (v - graph.product(u))
@@ -389,8 +390,8 @@ def backtracking(
 
     Source: Chen, Xie and Zhu (2020), Theorem 1; chapter ``generative``.
     """
-    _check_whole("steps", steps)
-    _check_positive("step_size", step_size)
+    check_whole("steps", steps)
+    check_positive("step_size", step_size)
     if memory not in ("graph", "constant"):
         raise ValueError(f"memory is 'graph' or 'constant', not {memory!r}")
 
@@ -634,9 +635,9 @@ def distortion_search(
     """
     generator(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, rounds=rounds)
-    _check_positive("weight", weight)
+    check_positive("weight", weight)
     check_number("weight", weight, HEAVIEST)
-    _check_positive("lr", lr)
+    check_positive("lr", lr)
     check_number("confidence", confidence)
     if update not in ("adam", "sign"):
         raise ValueError(f"update is 'adam' or 'sign', not {update!r}")
@@ -758,12 +759,12 @@ def latent_walk(
     """
     generator(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, every=every)
-    _check_positive("eta", eta)
+    check_positive("eta", eta)
     check_number("eta", eta, 1.0)
     check_number("growth", growth)
     if growth < 1:
         raise ValueError(f"growth is a factor >= 1, not {growth!r}")
-    _check_whole("halvings", halvings)
+    check_whole("halvings", halvings)
     x, x_adv, share = x.detach(), x.detach(), float(eta)
     done = torch.zeros_like(y, dtype=torch.bool)
     with torch.no_grad(), eval_mode(model):
@@ -812,19 +813,6 @@ def _dot(a: Tensor, b: Tensor) -> Float[Tensor, " B"]:
 
 def _check_draws(samples: int, sigma: float) -> None:
     check_count("samples", samples)
-    _check_positive("sigma", sigma)
+    check_positive("sigma", sigma)
     if samples % 2:
         raise ValueError(f"samples come in pairs, so their number is even, not {samples}")
-
-
-def _check_whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} is an integer >= 0, not {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} is an integer >= 0, not {value}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    check_number(name, value)
-    if value == 0:
-        raise ValueError(f"{name} must be positive, not 0")

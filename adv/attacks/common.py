@@ -565,6 +565,31 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is an integer >= 1, not {value}")
 
 
+def check_whole(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer >= 0.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is an integer >= 0, not {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} is an integer >= 0, not {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number in (0, 1e30].
+
+    Raises:
+        TypeError: not a number.
+        ValueError: zero, or what ``check_number`` refuses.
+    """
+    check_number(name, value)
+    if value == 0:
+        raise ValueError(f"{name} must be positive, not 0")
+
+
 def _check_placement(model: Model, x: Tensor) -> None:
     """Raise where a module's parameters live on another device or have another dtype than ``x``."""
     weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None

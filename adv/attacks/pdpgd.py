@@ -26,6 +26,8 @@ from adv.attacks.common import (
     Observe,
     check_inputs,
     check_number,
+    check_positive,
+    check_whole,
     eval_mode,
     expand,
     generator,
@@ -113,31 +115,18 @@ class Settings:
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise TypeError(f"{name} is a pair of numbers, the first and the last, not {pair}")
             for value in pair:
-                _check_positive(name, value)
+                check_positive(name, value)
         for name in ("gain", "multiplier"):
             if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+                check_positive(name, getattr(self, name))
         check_number("momentum", self.momentum, math.nextafter(1, 0))
         check_number("radius", self.radius)
-        _check_whole("inner", self.inner)
+        check_whole("inner", self.inner)
         for name, known in (("decay", ("exponential", "linear")), ("feedback", ("sign", "tanh"))):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {known[0]!r} or {known[1]!r}, not {getattr(self, name)!r}"
                 )
-
-
-def _check_positive(name: str, value: float) -> None:
-    check_number(name, value)
-    if value == 0:
-        raise ValueError(f"{name} must be positive, not 0")
-
-
-def _check_whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is an integer >= 0, not {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} is an integer >= 0, not {value}")
 
 
 RECOMMENDED = {
@@ -227,7 +216,7 @@ def pdpgd(
     ``pdpgd``.
     """
     check_inputs(model, x, y, bounds=bounds, steps=steps)
-    _check_whole("restarts", restarts)
+    check_whole("restarts", restarts)
     generator(seed)  # so that a bad seed is told before the first pass
     h = size_of(norm, x)
     rules = _settings(settings, h)

@@ -18,7 +18,6 @@ do not depend on the batch it is in.
 import copy
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Protocol, Self, cast
 
 import torch
@@ -29,6 +28,7 @@ from torch.func import functional_call, vmap
 from adv.attacks.common import (
     check_count,
     check_number,
+    check_whole,
     eval_mode,
     input_gradient,
 )
@@ -104,7 +104,7 @@ class DefenseGAN(nn.Module):
     ) -> None:
         super().__init__()
         check_count("restarts", restarts)
-        _check_steps(steps)
+        check_whole("steps", steps)
         check_number("lr", lr)
         check_number("spread", spread)
         if not 0 <= momentum < 1:
@@ -154,7 +154,7 @@ class DefenseGAN(nn.Module):
             (B, k) codes, detached.
         """
         steps = self.steps if steps is None else steps
-        _check_steps(steps)
+        check_whole("steps", steps)
         starts = self._starts(x) if start is None else start.detach()[None]
         count = len(starts)
         images = x.detach().expand(count, *x.shape).flatten(0, 1)
@@ -257,7 +257,7 @@ class AnalysisBySynthesis(nn.Module):
         if len(decoders) < 2:
             raise ValueError(f"decoders are two or more, one for each class, not {len(decoders)}")
         check_count("draws", draws)
-        _check_steps(steps)
+        check_whole("steps", steps)
         numbers = {"beta": beta, "lr": lr, "radius": radius, "scale": scale, "offset": offset}
         for name, value in numbers.items():
             check_number(name, value)
@@ -341,7 +341,7 @@ class AnalysisBySynthesis(nn.Module):
             (B, K, k) codes of length ``radius`` at most, detached.
         """
         steps = self.steps if steps is None else steps
-        _check_steps(steps)
+        check_whole("steps", steps)
         x = x.detach()
         z = self._clip(self._nearest(x) if start is None else start.detach())
         (first, second, small), m, v = ADAM, torch.zeros_like(z), torch.zeros_like(z)
@@ -423,10 +423,3 @@ def _check_made(made: Tensor, x: Tensor) -> None:
     """Raise where the difference would be of other shapes, broadcast to one."""
     if made.shape != x.shape:
         raise ValueError(f"the generator makes {tuple(made.shape)}, but x is {tuple(x.shape)}")
-
-
-def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, Integral):
-        raise TypeError(f"steps is an integer >= 0, not {steps!r}")
-    if steps < 0:
-        raise ValueError(f"steps is an integer >= 0, not {steps}")
