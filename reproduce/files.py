@@ -1,27 +1,15 @@
-"""Files that are whole or not there, and JSON that is pleasant to read and to compare."""
+"""JSON that is pleasant to read and to compare, and digests."""
 
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["digest", "dumps", "read", "replacing", "sha256", "write_json"]
+from adv.lab.files import replacing
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write into, which takes its place when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    yield partial
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.chmod(0o644)  # safetensors writes files that only their owner can read
-    partial.replace(path)
+__all__ = ["digest", "dumps", "read", "sha256", "write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from adv.attacks.common import generator
 from adv.attacks.representation import match
 from adv.lab.data import Split
+from adv.lab.files import replacing
 from adv.lab.models import VAE
-from reproduce.files import replacing
 
 __all__ = ["attacked", "partners", "training"]
 

@@ -24,10 +24,11 @@ from adv.lab import data, device, models, peers
 from adv.lab.committee import Committee, assemble
 from adv.lab.duel import Duel, fit_critic, new_critic
 from adv.lab.evaluation import counting, perturb, success
+from adv.lab.files import replacing
 from adv.lab.generative import VAEManifold, fit_wgan, with_manifold
 from adv.lab.training import History, cross_entropy, fit
 from reproduce import defended, pairs, versions
-from reproduce.files import digest, read, replacing, sha256, write_json
+from reproduce.files import digest, read, sha256, write_json
 from reproduce.measures import MEASURES, Sample
 from reproduce.origin import provenance
 from reproduce.plan import Network, Plan, Run
@@ -70,6 +71,7 @@ def train(plan: Plan, network: Network) -> None:
     with replacing(plan.weights(network)) as path:
         tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(tensors, path)
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
     record = {
         "values": {"loss": history.loss[-1], "epochs": len(history.loss)} | _verdict(history),
         "images": len(images),

@@ -11,7 +11,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from reproduce.files import read, replacing, write_json
+from adv.lab.files import replacing
+from reproduce.files import read, write_json
 from reproduce.plan import Cell, Item, Plan, Run
 
 __all__ = ["draw", "figure", "main", "show", "strip", "table"]

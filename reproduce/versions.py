@@ -22,6 +22,7 @@ PACKAGES = ("adv", "reproduce")
 PASSED_OVER = (
     "adv.lab.checkpoints",
     "adv.lab.data",
+    "adv.lab.files",
     "adv.lab.models._MODELS",
     "adv.lab.peers.PEERS",
 )

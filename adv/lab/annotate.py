@@ -15,7 +15,6 @@ import io
 import json
 import math
 import sqlite3
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from adv.attacks.common import generator
 from adv.lab import committee
 from adv.lab.evaluation import perturb, success
+from adv.lab.files import replacing
 
 __all__ = ["FORM", "Collection", "Form", "Study", "collect", "serve", "widget"]
 
@@ -245,14 +245,9 @@ class Study:
             for number, i in enumerate(order, start=1)
         ]
         # Under another name until it is whole: what is cut short must not pass for a study.
-        new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with closing(sqlite3.connect(new)) as base, base:
-                base.executescript(SCHEMA)
-                base.executemany("insert into image values (?, ?, ?, ?, ?)", rows)
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
+        with replacing(path) as new, closing(sqlite3.connect(new)) as base, base:
+            base.executescript(SCHEMA)
+            base.executemany("insert into image values (?, ?, ?, ?, ?)", rows)
         return Study(path)
 
     @property

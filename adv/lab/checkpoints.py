@@ -4,9 +4,7 @@
 """
 
 import copy
-import os
 import re
-import uuid
 import zlib
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -16,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from adv.lab.files import replacing
 
 __all__ = ["checksums", "described", "load", "save"]
 
@@ -33,18 +33,8 @@ def save(path: Path | str, settings: Mapping[str, Any], state: Mapping[str, Any]
         state: tensors, numbers and strings in dictionaries and lists; NumPy's numbers become
             Python's, as only those are read again.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two processes that write one checkpoint must not share the draft.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with partial.open("xb") as file:
-            torch.save(_plain({"settings": dict(settings), "state": dict(state)}), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as draft, draft.open("wb") as file:
+        torch.save(_plain({"settings": dict(settings), "state": dict(state)}), file)
 
 
 def load(path: Path | str, settings: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -9,9 +9,9 @@ import hashlib
 import importlib
 import json
 import os
+import tempfile
 import time
 import tomllib
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -27,6 +27,7 @@ from adv.defenses.generative import AnalysisBySynthesis
 from adv.lab import data, models
 from adv.lab.duel import fit_critic, new_critic
 from adv.lab.evaluation import accuracy, psnr, robust_accuracy
+from adv.lab.files import replacing
 from adv.lab.generative import elbo, fit_wgan, with_manifold
 from adv.lab.training import Loss, Score, colorization, cross_entropy, fit, reconstruction
 
@@ -255,14 +256,16 @@ def store(name: str, *, progress: bool = True) -> Comparison:
         The comparison with what was stored before.
     """
     wanted = entry(name)
-    with _beside(wanted.path) as weights:
+    with tempfile.TemporaryDirectory(dir=WEIGHTS, prefix=".") as folder:
+        weights = Path(folder) / wanted.path.name
         told = replace(train(name, weights, progress=progress), path=wanted.path)
-        with _lock(), _beside(WEIGHTS / MANIFEST) as manifest:
+        with _lock(), replacing(WEIGHTS / MANIFEST) as manifest:
             # Read again: another recipe may have been stored while this one was training.
             entries = _manifest()
             entries[name]["record"] = dict(told.made)
             manifest.write_text(_toml(entries), encoding="utf-8")
-            _replace(weights, wanted.path)
+            wanted.path.parent.mkdir(parents=True, exist_ok=True)
+            weights.replace(wanted.path)
     return told
 
 
@@ -401,28 +404,6 @@ def _lock() -> Iterator[None]:
         os.close(folder)
 
 
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A name for a new file that takes the place of ``path`` at the end, as a whole or not at all.
-
-    The block may have moved the file there by itself.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        yield new
-        if new.exists():
-            _replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def _replace(new: Path, path: Path) -> None:
-    with new.open("rb+") as file:
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
 def _check_writable(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
@@ -433,7 +414,7 @@ def _check_writable(path: Path) -> None:
 
 def _write(model: nn.Module, path: Path) -> str:
     tensors: dict[str, Tensor] = {k: v.contiguous() for k, v in model.state_dict().items()}
-    with _beside(path.resolve()) as new:
+    with replacing(path.resolve()) as new:
         save_file(tensors, new)
         new.chmod(0o644)  # safetensors writes files that only their owner can read
     return _sha256(path)

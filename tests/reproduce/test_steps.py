@@ -18,7 +18,7 @@ from adv.lab.claims import compare
 from adv.lab.evaluation import psnr
 from adv.lab.training import fit
 from reproduce import steps, summary
-from reproduce.files import dumps, read, replacing, sha256, write_json
+from reproduce.files import dumps, read, sha256, write_json
 from reproduce.measures import MEASURES, Sample
 from reproduce.plan import Network, Run
 
@@ -332,20 +332,6 @@ def test_a_training_goes_on_where_it_was_killed(bench, network, monkeypatch):
     steps.train(whole, network)
     assert whole.weights(network).read_bytes() == expected
     assert not list(whole.weights(network).parent.glob("checkpoint-*.pt"))
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    path = tmp_path / "deep" / "result.json"
-    write_json(path, {"a": 1})
-
-    def die():
-        with replacing(path) as partial:
-            partial.write_text('{"a": ')
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        die()
-    assert read(path) == {"a": 1}
 
 
 def test_other_weights_than_the_record_s_are_refused(bench, network):
