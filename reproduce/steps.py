@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def attack(plan: Plan, run: Run) -> None:
             points = _points(model, x, y, grid, settings, seed, used)
     content = _origin(plan, run) | {
         "attacked": attacked.cpu(),
-        "passes": [count / max(1, len(x)) for count in (counts.forward, counts.backward)],
+        "passes": {name: count / max(1, len(x)) for name, count in asdict(counts).items()},
         "points": [p.cpu() for p in points],
         "eps": grid,
         "seconds": time.perf_counter() - start,
@@ -349,10 +350,11 @@ def measure(plan: Plan, run: Run) -> None:
         "values": values,
         "images": len(some),
         "attacked": int(sample.attacked.sum()),
-        "passes": dict(zip(("forward", "backward"), content["passes"], strict=True)),
         "of": len(source.test),
         "complete": source.complete,
     }
+    if "defense" not in settings:  # what is differentiated in its place doesn't pass through it
+        record["passes"] = content["passes"]
     write_record(plan, run, record | origin, content["seconds"] + time.perf_counter() - start)
 
 
