@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from reproduce.files import read
+from reproduce.options import friendly, refuse_unknown
 from reproduce.plan import ROOT, Item, Plan, Run, Task
 
 HERE = Path(__file__).resolve().parent
@@ -23,29 +24,22 @@ HERE = Path(__file__).resolve().parent
 def main(arguments: list[str] | None = None) -> int:
     """Run the workflow; return Snakemake's exit status."""
     given = _parser().parse_args(arguments)
-    try:
+    with friendly("reproduce"):
         return make(given)
-    except (ValueError, OSError) as error:  # of the settings, the data or the folders
-        sys.exit(f"reproduce: {error}")
 
 
 def make(given: argparse.Namespace) -> int:
     """What the command line asks for."""
     plan = Plan.given(given)
-    if unknown := [name for name in given.names if name not in plan.items]:
-        sys.exit(f"no {', '.join(unknown)}; there are {', '.join(plan.items)}")
-    items = [plan.items[name] for name in given.names or plan.items]
-    models = {cell.model for item in items for cell in item.cells.values()}
-    attacks = {cell.attack for item in items for cell in item.cells.values()}
-    if unknown := [name for name in plan.skip if name not in attacks]:
-        sys.exit(f"no attack {', '.join(unknown)} in these; there are {', '.join(sorted(attacks))}")
-    if unknown := [name for name in plan.only if name not in models]:
-        sys.exit(f"no network {', '.join(unknown)} in these; there are {', '.join(sorted(models))}")
+    items = [plan.item(name) for name in dict.fromkeys(given.names or plan.items)]
+    cells = [cell for item in items for cell in item.cells.values()]
+    refuse_unknown(plan.only, sorted({cell.model for cell in cells}), "network")
+    refuse_unknown(plan.skip, sorted({cell.attack for cell in cells}), "attack")
     tasks = plan.tasks(items)
     print(report(plan, items, tasks), flush=True)
     with place(plan.work, given.dry) as (folder, locks):
         line = command(plan, items, tasks, given, folder)
-        status = subprocess.run(line, cwd=ROOT, pass_fds=locks).returncode
+        status = launch(line, locks)
     if status == 0 and not given.dry:
         from reproduce.summary import show  # takes seconds: PyTorch
 
@@ -67,8 +61,8 @@ def report(plan: Plan, items: list[Item], tasks: list[Task]) -> str:
         elif used != datasets[0]:
             lines.append(f"no {datasets[0]} for {model} of {paper}: {used} instead")
     for task in tasks:
-        known = "" if math.isnan(task.seconds) else f"  {task.seconds:8.0f} s"
-        lines.append(f"{task!s:<90}{known or '         ? s'}")
+        seconds = "?" if math.isnan(task.seconds) else f"{task.seconds:.0f}"
+        lines.append(f"{task!s:<90}  {seconds:>8} s")
     total = sum(task.seconds for task in tasks if not math.isnan(task.seconds))
     unknown = sum(math.isnan(task.seconds) for task in tasks)
     lines.append(
@@ -88,7 +82,7 @@ def command(
     line += ["--directory", str(folder)]
     # The records tell what changed, also after a checkout, of which Snakemake knows nothing.
     line += ["--rerun-triggers", "input", "--rerun-incomplete", "--nolock"]
-    known = [name for name in plan.mentioned() if plan.available(name)]
+    there = [name for name in plan.mentioned() if plan.available(name)]
     forced = [plan.output(item) for item in items]
     for task in tasks:
         forced.append(plan.record(task.subject))
@@ -102,7 +96,7 @@ def command(
         f"work={plan.work}",
     ]
     line += [f"{key}={' '.join(getattr(plan, key))}" for key in ("only", "skip")]
-    line += [f"datasets={' '.join(known)}"]
+    line += [f"datasets={' '.join(there)}"]
     line += ["--cores", given.cores] if given.cores else []
     line += ["--dry-run", "--quiet", "rules"] if given.dry else []
     return [*line, *given.snakemake, "--", *(str(plan.output(item)) for item in items)]
@@ -134,6 +128,14 @@ def alone(work: Path) -> Iterator[int]:
         except BlockingIOError:
             sys.exit(f"another run holds {work / 'lock'}; wait for it, or choose another --work")
         yield file.fileno()
+
+
+def launch(line: list[str], locks: list[int]) -> int:
+    """Run Snakemake and return its status; Ctrl+C, which it gets too, leaves it time to end."""
+    with subprocess.Popen(line, cwd=ROOT, pass_fds=locks) as process:
+        while True:
+            with suppress(KeyboardInterrupt):
+                return process.wait()
 
 
 def duration(seconds: float) -> str:

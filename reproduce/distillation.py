@@ -10,6 +10,7 @@ today are kept.
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from adv.lab.training import DivergenceError
 from adv.theory.sensing import FourierSignals, gaussian_encoder, matched
 from reproduce.files import read, write_json
+from reproduce.options import friendly, listed, refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
 from reproduce.versions import digest
 
-__all__ = ["COLUMNS", "RECIPES", "Recipe", "distill", "main"]
+__all__ = ["COLUMNS", "RECIPES", "Recipe", "distill", "main", "run"]
 
 FILE = ROOT / "reproduce" / "results" / "autoencoders-1.json"
 CODE = "reproduce.distillation.distill"
@@ -134,20 +136,25 @@ def _measure(
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m reproduce.distillation", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="separated by commas")
-    parser.add_argument("--results", type=Path, default=FILE, help="the file to write")
-    given = parser.parse_args(arguments)
-    stored = read(given.results) or {}
+def run(recipes: Sequence[str], seeds: int, results: Path) -> None:
+    """Compute the rows that are missing or of other recipes or code; write the file after each.
+
+    Args:
+        recipes: names in ``RECIPES``.
+        seeds: how many, from 0.
+        results: the file.
+
+    Raises:
+        ValueError: an unknown recipe.
+    """
+    refuse_unknown(recipes, RECIPES, "recipe")
+    stored = read(results) or {}
     origin = {"code": {CODE: digest(CODE)}} | provenance(place=torch.device("cpu"))
     rows = stored.get("rows", []) if stored.get("code") == origin["code"] else []
-    for name in given.recipes.split(","):
+    for name in recipes:
         recipe = asdict(RECIPES[name])
         recipe["amplitudes"] = list(recipe["amplitudes"])
-        for seed in range(given.seeds):
+        for seed in range(seeds):
             key = {"recipe": name, "settings": recipe, "seed": seed}
             if any(key.items() <= row.items() for row in rows):
                 continue
@@ -156,8 +163,19 @@ def main(arguments: list[str] | None = None) -> None:
             seconds = {"seconds": round(time.process_time() - start, 1)}
             rows = [row for row in rows if (row["recipe"], row["seed"]) != (name, seed)]
             rows.append(key | measured | seconds)
-            write_json(given.results, origin | {"rows": rows})
+            write_json(results, origin | {"rows": rows})
             print(name, seed, measured["values"], measured["error"], flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reproduce.distillation", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=4, help="how many, from 0")
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="separated by commas")
+    parser.add_argument("--results", type=Path, default=FILE, help="the file to write")
+    given = parser.parse_args(arguments)
+    with friendly("reproduce.distillation"):
+        run(listed(given.recipes), given.seeds, given.results)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A JSON file's content, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """A JSON file's content, or None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adv.lab import data, models
 from adv.lab.annotate import Collection, collect
+from reproduce.options import friendly
 from reproduce.plan import Item, Plan, Run
 from reproduce.steps import chosen, perturbed
 
@@ -34,14 +35,17 @@ def images(plan: Plan, item: Item, samples: int, *, seed: int = 0) -> Collection
         The images; their defenses are the names of the rows.
 
     Raises:
-        ValueError: the weights of no row are here.
+        ValueError: a figure, or the weights of no row are here.
     """
-    parts = []
-    rows = {row: cell for (row, _), cell in item.cells.items()}
-    for row, cell in rows.items():
-        run = next(run for run in plan.runs(cell) if run.network.seed == seed)
-        if plan.whole(run.network):
-            parts.append(_row(plan, run, row, samples))
+    if item.kind != "table":
+        raise ValueError(f"{item.name} is no table")
+    runs = {
+        row: run
+        for (row, _), cell in item.cells.items()
+        for run in plan.runs(cell)
+        if run.network.seed == seed
+    }
+    parts = [_row(plan, run, row, samples) for row, run in runs.items() if plan.whole(run.network)]
     if not parts:
         raise ValueError(f"no weights of {item.name}'s networks here; make the table first")
     return Collection(
@@ -72,9 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=100, help="test images for each network")
     Plan.options(parser)
     given = parser.parse_args(arguments)
-    plan = Plan.given(given)
-    found = images(plan, plan.items[given.name], given.samples)
-    found.save(given.out)
+    with friendly("reproduce.judging"):
+        if not given.out.parent.is_dir():  # said before the attacks, which take long
+            raise ValueError(f"no folder {given.out.parent} for {given.out.name}; make it first")
+        plan = Plan.given(given)
+        found = images(plan, plan.item(given.name), given.samples)
+        found.save(given.out)
     counts = {name: found.defense.count(name) for name in dict.fromkeys(found.defense)}
     print(f"{len(found.defense)} images: " + ", ".join(f"{n} of {d}" for d, n in counts.items()))
 

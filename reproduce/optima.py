@@ -17,6 +17,7 @@ import torch
 from adv.lab import data, zoo
 from adv.theory.exact import Kind, minimal_perturbation
 from reproduce.files import read, write_json
+from reproduce.options import friendly, listed, refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
 from reproduce.versions import digest
@@ -56,7 +57,11 @@ def solve(
     Returns:
         The file's content: ``norms`` maps each norm to its rows ``index, label, reached, lower,
         upper, optimal, seconds, nodes``. ``seconds`` are processor time; an infinite bound is null.
+
+    Raises:
+        ValueError: an unknown norm, or a network that the zoo lacks or whose layers are others.
     """
+    refuse_unknown(norms, get_args(Kind), "norm")
     wanted = zoo.entry(name)
     settings = {"time_limit": time_limit, "gap": gap, "bounds": [0.0, 1.0]}
     origin = {
@@ -113,14 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gap", type=float, default=1e-5, help="relative gap to close")
     parser.add_argument("--trust", action="store_true", help="keep rows of older code")
     given = parser.parse_args(arguments)
-    solve(
-        given.name,
-        given.samples,
-        norms=tuple(given.norms.split(",")),
-        time_limit=given.time_limit,
-        gap=given.gap,
-        trust=given.trust,
-    )
+    settings: dict[str, Any] = {"norms": listed(given.norms), "time_limit": given.time_limit}
+    settings |= {"gap": given.gap, "trust": given.trust}
+    with friendly("reproduce.optima"):
+        solve(given.name, given.samples, **settings)
 
 
 if __name__ == "__main__":

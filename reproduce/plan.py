@@ -18,6 +18,7 @@ import yaml
 
 from reproduce import versions
 from reproduce.files import read, sha256
+from reproduce.options import listed, refuse_unknown
 
 __all__ = ["Cell", "Item", "Network", "Plan", "Run", "Task"]
 
@@ -153,10 +154,7 @@ class Plan:
     @staticmethod
     def given(options: argparse.Namespace) -> "Plan":
         """The plan that a command line means."""
-        only, datasets, skip = (
-            tuple(filter(None, text.split(",")))
-            for text in (options.only, options.datasets, options.skip)
-        )
+        only, datasets, skip = map(listed, (options.only, options.datasets, options.skip))
         settings, results, work = (
             path.resolve() for path in (options.settings, options.results, options.work)
         )
@@ -194,6 +192,15 @@ class Plan:
                 if cell is not None and not cell.missing:
                     self._check(f"{item.name}, {', '.join(map(str, key))}", cell)
         return {item.name: item for item in found}
+
+    def item(self, name: str) -> Item:
+        """A table or a figure.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        refuse_unknown([name], self.items, "table or figure")
+        return self.items[name]
 
     def _check(self, where: str, cell: Cell) -> None:
         """Say at once what would come out after hours of computing: a name or radius mistyped."""
@@ -329,12 +336,12 @@ class Plan:
 
     def wanted(self, cell: Cell) -> list[Run]:
         """The runs of a cell that this machine can make, or has."""
-        chosen = (not self.only or cell.model in self.only) and cell.attack not in self.skip
-        return [
-            run
-            for run in self.runs(cell)
-            if (chosen and self.available(run.network.dataset)) or self.current(run)
-        ]
+        return [run for run in self.runs(cell) if self._makes(cell, run) or self.current(run)]
+
+    def _makes(self, cell: Cell, run: Run) -> bool:
+        """Whether a run of a cell is asked for, and this machine has its data."""
+        asked = (not self.only or cell.model in self.only) and cell.attack not in self.skip
+        return asked and self.available(run.network.dataset)
 
     def inputs(self, item: Item) -> list[Path]:
         """The records that a table or figure is built from."""
@@ -442,13 +449,7 @@ class Plan:
     def tasks(self, items: list[Item]) -> list[Task]:
         """The trainings and attacks that will run for some tables and figures."""
         cells = [cell for item in items for cell in item.needed]
-        runs = [
-            run
-            for cell in cells
-            if (not self.only or cell.model in self.only) and cell.attack not in self.skip
-            for run in self.runs(cell)
-            if self.available(run.network.dataset)
-        ]
+        runs = [run for cell in cells for run in self.runs(cell) if self._makes(cell, run)]
         runs = list(dict.fromkeys(runs))
         serving = (self.used(one) for run in runs for one in (run.network, run))
         by_network: dict[Network, list[Run]] = {used: [] for used in filter(None, serving)}
@@ -501,9 +502,9 @@ class Plan:
         records = [read(self.record(one)) for one in (subject, *others)]
         if records[0] is not None:
             return float(records[0]["seconds"])
-        known = [float(record["seconds"]) for record in records[1:] if record is not None]
-        if known:
-            return statistics.mean(known)
+        seconds = [float(record["seconds"]) for record in records[1:] if record is not None]
+        if seconds:
+            return statistics.mean(seconds)
         if isinstance(subject, Network):
             return float(
                 self.paper(network.paper)["networks"][network.model].get("seconds", math.nan)
@@ -516,7 +517,10 @@ class Plan:
 
 @cache
 def _read_yaml(path: Path, _changed: int) -> Settings:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
 
 
 @cache

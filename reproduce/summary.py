@@ -13,6 +13,7 @@ from typing import Any
 
 from adv.lab.files import replacing
 from reproduce.files import read, write_json
+from reproduce.options import friendly
 from reproduce.plan import Cell, Item, Plan, Run
 
 __all__ = ["draw", "figure", "main", "show", "strip", "table"]
@@ -132,9 +133,9 @@ def draw(content: Content) -> bytes:
     ax.set_title(f"{content['paper']}, figure {content['figure']}")
     if content["curves"]:
         ax.legend()
-    file = io.BytesIO(figures.png(drawing))
+    file = figures.png(drawing)
     plt.close(drawing)
-    return file.getvalue()
+    return file
 
 
 def _draw_pictures(content: Content) -> bytes:
@@ -274,13 +275,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("name", help="such as convex-3 or convex-figure-3a")
     Plan.options(parser)
     options = parser.parse_args(arguments)
-    plan = Plan.given(options)
-    item = plan.items[options.name]
-    content = table(plan, item) if item.kind == "table" else figure(plan, item)
-    write_json(plan.output(item), content)
-    if item.kind == "figure":
-        with replacing(plan.picture(item)) as path:
-            path.write_bytes(draw(content))
+    with friendly("reproduce.summary"):
+        plan = Plan.given(options)
+        item = plan.item(options.name)
+        content = table(plan, item) if item.kind == "table" else figure(plan, item)
+        write_json(plan.output(item), content)
+        if item.kind == "figure":
+            with replacing(plan.picture(item)) as path:
+                path.write_bytes(draw(content))
 
 
 if __name__ == "__main__":

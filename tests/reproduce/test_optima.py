@@ -47,6 +47,15 @@ def test_rows_are_kept_until_something_changes(tmp_path, counted):
     assert len(counted) == 5
 
 
+def test_an_unknown_norm_or_network_is_told_before_anything_is_proved(counted):
+    for arguments in ([NAME, "--norms=linf,l7"], ["digits/none"]):
+        with pytest.raises(
+            SystemExit, match=r"^reproduce\.optima: no n(orm l7|etwork 'digits/none')"
+        ):
+            optima.main(arguments)
+    assert not counted
+
+
 def test_the_stored_optima_are_of_this_network_and_hold():
     stored = read(optima.path(NAME))
     assert stored["weights"] == zoo.entry(NAME).record["sha256"]

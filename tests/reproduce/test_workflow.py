@@ -4,10 +4,12 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
+from reproduce import judging, summary
 from reproduce.__main__ import alone, main
 from reproduce.files import read
 from reproduce.plan import ROOT, _datasets
@@ -75,9 +77,10 @@ def test_a_table_from_nothing_in_spite_of_a_kill_and_then_only_what_changed(benc
 
 
 def test_unknown_names_are_refused(bench):
-    assert "no convex-9; there are convex-3" in bench.run("convex-9", "--dry", status=1)
+    told = bench.run("convex-9", "--dry", status=1)
+    assert "reproduce: no table or figure convex-9; there are convex-3" in told
     told = bench.run("convex-3", "--only=vgg", "--dry", status=1)
-    assert "no network vgg in these; there are fcnn, nin" in told
+    assert "reproduce: no network vgg; there are fcnn, nin" in told
 
 
 def test_names_may_have_dots_and_a_dry_run_leaves_no_trace(bench):
@@ -113,3 +116,51 @@ def test_what_is_wrong_with_data_or_settings_is_said_in_a_line(bench, monkeypatc
     bench.write()
     with pytest.raises(SystemExit, match=r"^reproduce: convex-3, fcnn, rho1: no 'depfool'"):
         main(["convex-3", "--dry", *folders])
+    (bench.folder / "settings/convex.yaml").write_text("networks: [")
+    with pytest.raises(SystemExit, match=r"^reproduce: .*convex\.yaml is no YAML"):
+        main(["convex-3", "--dry", *folders])
+    bench.write()
+    bench.content["tables"]["3"]["columns"]["rho1"]["attack"] = "deepfool"
+    bench.write()
+    damaged = bench.folder / "results/convex/digits/fcnn/none/seed-0/train.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    with pytest.raises(SystemExit, match=r"^reproduce: .*seed-0/train\.json is no JSON"):
+        main(["convex-3", "--dry", "--datasets=digits", *folders])
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (summary, ["convex-9"], "no table or figure convex-9; there are convex-3"),
+        (judging, ["convex-9", "images.npz"], "no table or figure convex-9"),
+        (judging, ["convex-figure-3a", "images.npz"], "convex-figure-3a is no table"),
+        (judging, ["convex-3", "nowhere/images.npz"], "no folder nowhere for images.npz"),
+    ],
+)
+def test_other_commands_say_what_is_wrong_in_a_line_too(bench, program, arguments, message):
+    folders = [f"--{name}={bench.folder / name}" for name in ("settings", "results", "work")]
+    with pytest.raises(SystemExit, match=rf"^{program.__name__}: {message}"):
+        program.main([*arguments, "--datasets=digits", *folders])
+
+
+def test_ctrl_c_lets_snakemake_end_its_jobs(tmp_path):
+    child = (
+        "import pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "(folder / 'started').touch()\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1)\n    sys.exit(7)"
+    )
+    line = [sys.executable, "-c", child, str(tmp_path)]
+    program = f"import sys; from reproduce.__main__ import launch; sys.exit(launch({line!r}, []))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert told == b""
