@@ -20,6 +20,7 @@ from adv.attacks import boundary, gradient
 from adv.attacks.common import class_gradients
 from adv.defenses import margin
 from adv.lab import data, device, models, zoo
+from reproduce.options import friendly, listed, refuse_unknown
 
 Work = Callable[[], object]
 Row = tuple[str, str, Work, str, Work]
@@ -140,12 +141,11 @@ def contests(given: argparse.Namespace) -> None:
     from reproduce import optima
     from reproduce.files import read
 
-    for network in strength.networks():
-        if given.only and network.name not in given.only.split(","):
-            continue
-        chosen = {} if not given.norms else {"norms": tuple(given.norms.split(","))}
-        if given.budgets:
-            chosen["budgets"] = tuple(int(steps) for steps in given.budgets.split(","))
+    networks = {network.name: network for network in strength.networks()}
+    refuse_unknown(listed(given.only), networks, "network")
+    chosen = {"norms": listed(given.norms), "budgets": tuple(map(int, listed(given.budgets)))}
+    chosen = {name: value for name, value in chosen.items() if value}
+    for network in map(networks.get, listed(given.only) or networks):
         content = (
             strength.contest(network, trust=given.trust, **chosen)
             if given.store
@@ -154,7 +154,9 @@ def contests(given: argparse.Namespace) -> None:
         if content is None:
             print(f"\n{network.name}: nothing stored yet; --store runs it")
             continue
-        known = read(optima.path(network.name)) if network.first else None
+        known = read(optima.path(network.name))
+        if known is not None and known["weights"] != content["weights"]:
+            known = None
         print(f"\n{network.name}, {len(content['images'])} images of {content['data']}")
         print(strength.table(content, known).to_string(float_format=lambda v: f"{v:.4g}"))
 
@@ -169,10 +171,13 @@ def main() -> None:
     parser.add_argument("--store", action="store_true", help="run the attacks, store the rows")
     parser.add_argument("--trust", action="store_true", help="keep rows of older code")
     given = parser.parse_args()
-    if given.part != "strength":
-        speed()
-    if given.part != "speed":
-        contests(given)
+    if not given.store and (given.norms or given.budgets or given.trust):
+        parser.error("--norms, --budgets and --trust say what to run: give --store as well")
+    with friendly("benchmarks"):
+        if given.part != "strength":
+            speed()
+        if given.part != "speed":
+            contests(given)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from adv.attacks.penalty import carlini_wagner
 from adv.lab import data, device, peers, zoo
 from adv.lab.evaluation import counting, minimal_norms
 from reproduce.files import read, write_json
+from reproduce.options import refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
 from reproduce.versions import digest
@@ -122,7 +123,12 @@ def contest(
         (``norms``: a distance for each image, 0 where it is misclassified as it is, null where the
         attack failed) and what it cost for an attacked image: ``forward`` and ``backward`` passes,
         and ``cost``, its time in units of a bare forward and backward pass.
+
+    Raises:
+        ValueError: a norm or a budget that there isn't.
     """
+    refuse_unknown(norms, NORMS, "norm")
+    refuse_unknown(map(str, budgets), map(str, BUDGETS), "budget")
     source = zoo.entry(network.name)
     test = data.load(source.data).test
     count = min(network.samples, len(test))
@@ -154,7 +160,8 @@ def table(content: Mapping[str, Any], optima: Mapping[str, Any] | None = None) -
 
     Args:
         content: what ``contest`` returned.
-        optima: what ``reproduce.optima`` stored for the same network.
+        optima: what ``reproduce.optima`` stored for the same network, of some of its images. The
+            gap is the mean over those of them that were fooled.
     """
     rows = []
     for row in content["rows"]:
@@ -165,8 +172,9 @@ def table(content: Mapping[str, Any], optima: Mapping[str, Any] | None = None) -
         line |= {"found": int(found.sum()) / int(attacked.sum())}
         line |= {name: row[name] for name in ("forward", "backward", "cost")}
         if optima is not None:
-            best = torch.tensor([float(one["upper"]) for one in optima["norms"][row["norm"]]])
-            line["gap"] = float((norms / best - 1)[found].mean())
+            known = {one["index"]: one["upper"] for one in optima["norms"].get(row["norm"], ())}
+            best = torch.tensor([known.get(index) or math.nan for index in content["images"]])
+            line["gap"] = float((norms / best - 1)[found].nanmean())
         rows.append(line)
     return pd.DataFrame(rows).sort_values(["norm", "steps", "mean"]).set_index(["norm", "attack"])
 

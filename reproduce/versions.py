@@ -101,7 +101,7 @@ def _source(module: str) -> Source:
     for statement in _plain(ast.parse(path.read_text(encoding="utf-8"))).body:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
             source.definitions.setdefault(statement.name, []).append(statement)
-        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+        elif isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             for target in targets:
                 for name in ast.walk(target):

@@ -57,12 +57,37 @@ def test_a_stopped_race_goes_on_and_other_code_runs_again(raced):
 def test_the_table_counts_only_what_was_attacked():
     row = {"norm": "l2", "attack": "some", "steps": 20, "forward": 1, "backward": 1, "cost": 1}
     rows = [row | {"norms": [0.0, 0.2, 0.6, None]}]
-    optima = {"norms": {"l2": [{"upper": u} for u in (0.0, 0.1, 0.6, 0.5)]}}
-    (line,) = table({"rows": rows}, optima).to_dict("records")
+    proved = [{"index": 3 + i, "upper": u} for i, u in enumerate((0.0, 0.1, 0.6, 0.5))]
+    content, optima = {"rows": rows, "images": [3, 4, 5, 6]}, {"norms": {"l2": proved}}
+    (line,) = table(content, optima).to_dict("records")
     assert line["mean"] == pytest.approx(0.4)
     assert line["median"] == pytest.approx(0.6)
     assert line["found"] == pytest.approx(2 / 3)
     assert line["gap"] == pytest.approx(0.5)
+    # More may be proved than was attacked, or less, or nothing of an image but a lower bound.
+    optima["norms"]["l2"] = [*proved, {"index": 9, "upper": 1.0}]
+    assert table(content, optima)["gap"].item() == pytest.approx(0.5)
+    optima["norms"]["l2"] = [proved[0], proved[1] | {"upper": None}, proved[2] | {"upper": 0.4}]
+    assert table(content, optima)["gap"].item() == pytest.approx(0.5)
+    assert table(content, {"norms": {}})["gap"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only=digits/none"], "benchmarks: no network digits/none; there are digits/mlp-24"),
+        (["--store", "--norms=l7"], "benchmarks: no norm l7; there are linf, l2, l1, l0"),
+        (["--store", "--budgets=7"], "benchmarks: no budget 7; there are 20, 100, 500, 2000"),
+        (["--norms=l2"], "2"),  # argparse's own status
+    ],
+)
+def test_what_cannot_be_run_is_said(monkeypatch, arguments, message):
+    monkeypatch.setattr(strength, "networks", lambda: [NETWORK])
+    monkeypatch.setattr(strength, "_measure", pytest.fail)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "strength", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert message in str(stop.value.code)
 
 
 def test_every_norm_has_ours_and_a_peer_and_mnist_is_replaced_where_missing(monkeypatch):

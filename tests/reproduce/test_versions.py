@@ -84,6 +84,12 @@ def test_what_is_used_counts_however_far_away(digests):
     assert changed(before, digests(MAIN.replace("first(self)", "self"))) == {"Third"}
 
 
+def test_a_constant_is_all_that_is_assigned_to_it(digests):
+    grown = MAIN.replace("LIMIT = 3", "LIMIT = 3\nLIMIT += 1")
+    assert changed(digests(), digests(grown)) == {"first", "Third", "TABLE[a]"}
+    assert changed(digests(grown), digests(grown.replace("+= 1", "+= 2")))
+
+
 def test_a_definition_alone_is_itself(digests):
     def alone(tools=TOOLS, **changed):
         digests(tools=tools, **changed)
