@@ -377,7 +377,7 @@ def _made(path: str) -> nn.Module:
         raise UnusableError(f"{path} is no factory but a {type(factory).__name__}")
     try:
         network = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UnusableError(f"{path}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise UnusableError(f"{path}() returned a {type(network).__name__}, not a torch module")

@@ -37,6 +37,9 @@ def seven():
 def broken():
     raise OSError("the disk is full")
 
+def ended():
+    raise SystemExit(0)
+
 def text():
     return "no network"
 
@@ -186,6 +189,7 @@ WITH = (*BASE, "--weights")
         ([":make", *BASE], 1, "cannot import"),
         (["mynet:number", *BASE], 1, "no factory"),
         (["mynet:broken", *BASE], 1, "the disk is full"),
+        (["mynet:ended", *BASE], 1, "mynet:ended() failed: SystemExit: 0"),
         (["mynet:text", *BASE], 1, "returned a str"),
         (["mynet:Picky", *BASE], 1, "does not take digits's images"),
         (["bad_syntax:make", *BASE], 1, "cannot import 'bad_syntax': SyntaxError"),

@@ -98,14 +98,15 @@ class Collection:
             raise ValueError("an image was carried to its own class; leave it out")
 
     def save(self, path: Path | str) -> None:
-        """Write as ``.npz``: images (in bytes), y, target, defense."""
-        np.savez_compressed(
-            path,
-            images=_bytes(self.images),
-            y=self.y.cpu().numpy(),
-            target=self.target.cpu().numpy(),
-            defense=np.array(self.defense),
-        )
+        """Write NumPy's ``.npz``, under any name: images (in bytes), y, target, defense."""
+        with replacing(path) as draft, draft.open("wb") as file:  # to a name, NumPy adds its own
+            np.savez_compressed(
+                file,
+                images=_bytes(self.images),
+                y=self.y.cpu().numpy(),
+                target=self.target.cpu().numpy(),
+                defense=np.array(self.defense),
+            )
 
     @staticmethod
     def load(path: Path | str) -> "Collection":
@@ -348,7 +349,8 @@ class Study:
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
         """A connection of this thread's own; what was written is kept at the end."""
-        with closing(sqlite3.connect(self.path, timeout=30)) as base, base:
+        address = f"{self.path.absolute().as_uri()}?mode=rw"  # where there is no file, make none
+        with closing(sqlite3.connect(address, timeout=30, uri=True)) as base, base:
             yield base
 
 

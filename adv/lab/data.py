@@ -24,6 +24,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ class Split:
         """The first ``n`` samples; ``ValueError`` where there are fewer."""
         if not _is_integer(n) or not 1 <= n <= len(self):
             raise ValueError(
-                f"take({n}) from a split of {len(self)} samples: 1 <= n <= {len(self)}"
+                f"take({n}) from a split of {len(self)} samples: n is an integer, 1 to {len(self)}"
             )
         return self[:n]
 
@@ -104,8 +105,8 @@ class Split:
 
 
 def _is_integer(value: object) -> bool:
-    """Whether a count is one: Python's True is an integer too, and no count."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a count is one, NumPy's too: Python's True is an integer as well, and no count."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,10 @@ def _draw_row(
         if limit is not None:
             perturbation(image, limit=limit, ax=ax, show_scale=False)
         else:
-            ax.imshow(image, cmap="gray", vmin=bounds[0], vmax=bounds[1])
+            low, high = bounds
+            if image.ndim == 3:  # of colors, imshow takes no bounds
+                image = np.clip((image - low) / (high - low), 0, 1)
+            ax.imshow(image, cmap="gray", vmin=low, vmax=high)
         ax.set_title(text, fontsize=11)
 
 

@@ -206,8 +206,9 @@ def test_impossible_collections_are_refused(change, message):
 
 def test_collections_go_through_files(tmp_path):
     given = collection(5, channels=3)
-    given.save(tmp_path / "some.npz")
-    got = Collection.load(tmp_path / "some.npz")
+    given.save(tmp_path / "some")
+    got = Collection.load(tmp_path / "some")
+    assert [path.name for path in tmp_path.iterdir()] == ["some"]
     assert (got.images - given.images).abs().max() <= 0.5 / 255 + 1e-6
     assert (got.y.tolist(), got.target.tolist()) == (given.y.tolist(), given.target.tolist())
     assert got.defense == given.defense
@@ -308,6 +309,21 @@ def test_a_file_that_fails_is_told_to_the_page(address, study, monkeypatch):
         status, text = reply(address, path, body)
         assert status == 503
         assert "no such table" in json.loads(text)["error"]
+
+
+def test_a_file_that_was_deleted_is_not_made_again(address, study):
+    study.path.unlink()
+    good = json.dumps({"annotator": "ann", "image": 1, "answer": "3"}).encode()
+    status, text = reply(address, "answer", good)
+    assert status == 503
+    assert "unable to open" in json.loads(text)["error"]
+    assert not study.path.exists()
+
+
+def test_a_file_may_have_any_name(tmp_path):
+    study = Study.create(tmp_path / "a #1?mode=ro%20é.sqlite", collection(5))
+    study.answer("ann", 1, "3")
+    assert len(Study(study.path).answers()) == 1
 
 
 def test_the_page_is_for_this_machine_alone(study):

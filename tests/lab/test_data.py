@@ -178,6 +178,7 @@ def test_split_indexing():
     assert torch.equal(digits[wanted].x, digits.x[wanted])
     assert torch.equal(digits[digits.y == 3].y, torch.full((10,), 3))
     assert torch.equal(digits.take(7).x, digits.x[:7])
+    assert torch.equal(digits.take(np.int64(7)).x, digits.x[:7])
     assert len(digits[10:30]) == 20
     assert digits.to("cpu").x.device.type == "cpu"
     with pytest.raises(ValueError, match="100 samples"):

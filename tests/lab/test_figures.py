@@ -39,7 +39,7 @@ def test_images_draws_each_image_in_its_place():
     assert axes.shape == (2, 3)
     assert np.allclose(drawn(axes[0, 1]), gray[1, 0])
     assert axes[0, 1].images[0].get_clim() == (0, 2)
-    assert np.allclose(drawn(axes[1, 0]), color[0].permute(1, 2, 0))
+    assert np.allclose(drawn(axes[1, 0]), color[0].permute(1, 2, 0) / 2)
     assert not axes[1, 2].images  # the shorter row's empty place
     assert [ax.get_title() for ax in axes[0]] == ["a", "b", "c"]
     assert [ax.get_title() for ax in axes[1]] == ["", "", ""]
