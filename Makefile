@@ -1,7 +1,7 @@
 # The commands of the book. Each sets up what it needs in .venv, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint types unit nbval site notebooks lab mutants bench reproduce clean
+.PHONY: help book test lint types unit nbval site notebooks lab mutants bench reproduce clean distclean
 
 PYTHON ?= python3
 VENV ?= .venv

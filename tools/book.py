@@ -127,9 +127,8 @@ def failure(path: Path, notebook: NotebookNode, error: Exception) -> ChapterFail
         return ChapterFailedError(f"{path.name}: {type(error).__name__}: {error}")
     number, cell = failed
     output = next(o for o in cell.outputs if o.output_type == "error")
-    first = next((line for line in cell.source.splitlines() if line.strip()), "")
-    lines = path.read_text("utf-8").splitlines()
-    line = lines.index(first) + 1 if first in lines else 0
+    before, found, _ = path.read_text("utf-8").partition(cell.source)
+    line = before.count("\n") + 1 if found else 0
     code = "\n".join(f"    {text}" for text in cell.source.splitlines())
     return ChapterFailedError(
         f"{path.name}, cell {number}, line {line}: {output.ename}: {output.evalue}\n\n{code}\n"

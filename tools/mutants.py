@@ -7,13 +7,16 @@
 with a claim that does not hold. A change that the chapter survives is a claim that cannot fail.
 """
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -65,15 +68,26 @@ def outcome(chapter: str, mutation: dict[str, str]) -> tuple[bool, str]:
     return caught, said[2] if caught else f"stopped by {said[1]}, not by a claim: {said[2]}"
 
 
+@contextmanager
+def cancelling(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Where the block is left early, as by Ctrl+C, begin no more of what waits."""
+    try:
+        yield
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def main() -> None:
     """Run all mutations of the chapters named, two at a time."""
-    names = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="CHAPTER", help="all unless named")
+    names = parser.parse_args().names
     mutations = yaml.safe_load((book.ROOT / "tests/book/mutations.yaml").read_text("utf-8"))
     if unknown := [name for name in names if name not in mutations]:
         sys.exit(f"no mutations of {', '.join(unknown)}; there are {', '.join(mutations)}")
     jobs = [(c, m) for c, ms in mutations.items() for m in ms if not names or c in names]
     failed = 0
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool, cancelling(pool):
         waiting = {pool.submit(outcome, *job): job for job in jobs}
         for one in as_completed(waiting):
             (chapter, mutation), (caught, said) = waiting[one], one.result()

@@ -136,9 +136,11 @@ def test_nbval_notices_an_altered_output(small_book):
 
 def test_a_failing_cell_is_named(small_book):
     chapter = small_book / "book/tiny.md"
-    chapter.write_text(chapter.read_text().replace("value = 2", "value = 2\nvalue / 0"))
+    text = chapter.read_text() + "\n```{code-cell} ipython3\nvalue = 2\nvalue / 0\n```\n"
+    chapter.write_text(text)  # two cells begin with the same line
+    line = text.splitlines().index("value / 0")
     with pytest.raises(
-        book.ChapterFailedError, match=r"tiny.md, cell 2, line \d+: ZeroDivisionError: division"
+        book.ChapterFailedError, match=rf"tiny.md, cell 3, line {line}: ZeroDivisionError: division"
     ):
         book.execute(chapter)
 

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,25 @@ def test_a_copy_has_what_a_chapter_reads_and_no_weights_of_long_runs(project, tm
         "reproduce/results/p-1.json",
         "reproduce/results/p/seed-0/a.json",
     }
+
+
+def test_a_run_that_is_stopped_begins_no_more(project, monkeypatch):
+    begun = []
+
+    def outcome(chapter, mutation):
+        begun.append(mutation)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        return True, "caught"
+
+    content = {"circles": [{"why": "some"}] * 30}
+    (project / "tests/book/mutations.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(mutants, "outcome", outcome)
+    monkeypatch.setattr(sys, "argv", ["mutants.py"])
+    with pytest.raises(KeyboardInterrupt):
+        mutants.main()
+    assert len(begun) < 30
 
 
 def test_each_outcome_is_told_once_it_is_there(project, monkeypatch, capsys):
