@@ -1,5 +1,6 @@
 """The workflow as a user runs it, on digits: what runs, what doesn't, and after a kill."""
 
+import errno
 import os
 import re
 import signal
@@ -104,6 +105,16 @@ def test_names_may_have_dots_and_a_dry_run_leaves_no_trace(bench):
     with alone(bench.plan().work):
         bench.run("--dry")
         assert "another run holds" in bench.run(status=1)
+
+
+def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with alone(tmp_path / "work") as lock:
+        assert os.fstat(lock)
+    assert "no locks in" in capsys.readouterr().err
 
 
 def test_what_is_wrong_with_data_or_settings_is_said_in_a_line(bench, monkeypatch):
