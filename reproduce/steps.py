@@ -34,7 +34,19 @@ from reproduce.measures import MEASURES, Sample
 from reproduce.origin import provenance
 from reproduce.plan import Network, Plan, Run
 
-__all__ = ["attack", "chosen", "generated", "main", "measure", "perturbed", "radii", "train"]
+__all__ = [
+    "attack",
+    "chosen",
+    "compared",
+    "generated",
+    "main",
+    "measure",
+    "perturbed",
+    "radii",
+    "train",
+    "vulnerable",
+    "write_record",
+]
 
 Settings = Mapping[str, Any]
 

@@ -36,8 +36,9 @@ def table(plan: Plan, item: Item) -> Content:
         records = _records(plan, cell)
         values = [_value(record, cell) for record in records]
         known = [value for value in values if value is not None]
-        entry["values"][column] = statistics.mean(known) if known == values and known else None
-        if entry["values"][column] is None:
+        whole = bool(known) and len(known) == len(values)
+        entry["values"][column] = statistics.mean(known) if whole else None
+        if not whole:
             missing.append({"row": row, "column": column, "why": _why(plan, cell, records)})
             continue
         if (spread := _spread(known)) is not None:

@@ -21,6 +21,8 @@ from sphinx.util.nodes import make_refnode
 import ledger
 
 ROOT = Path(__file__).resolve().parent.parent
+# Code in double back quotes, where a dollar is a dollar, or a formula.
+MATH = re.compile(r"(``[^`]+``)|\$\$(.+?)\$\$|\$([^$]+)\$", re.DOTALL)
 
 # --- before the build -----------------------------------------------------------------------------
 
@@ -45,10 +47,13 @@ def adjust_theme(_app: Sphinx, config: Config) -> None:
 def render_math(_app: Sphinx, *args: Any) -> None:
     """Turn ``$...$`` and ``$$...$$`` of a docstring into reStructuredText's mathematics."""
     lines: list[str] = args[-1]
-    text = "\n".join(lines)
-    text = re.sub(r"\$\$(.+?)\$\$", lambda m: f":math:`{one_line(m[1])}`", text, flags=re.DOTALL)
-    text = re.sub(r"\$([^$]+?)\$", lambda m: f":math:`{one_line(m[1])}`", text)
-    lines[:] = text.split("\n")
+    lines[:] = MATH.sub(as_role, "\n".join(lines)).split("\n")
+
+
+def as_role(found: re.Match[str]) -> str:
+    """A formula as reStructuredText has it; code stays as it is."""
+    code, displayed, inline = found.groups()
+    return code or f":math:`{one_line(displayed or inline)}`"
 
 
 def render_tables(_app: Sphinx, *args: Any) -> None:
