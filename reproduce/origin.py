@@ -28,18 +28,27 @@ def provenance(
 
     Returns:
         ``device`` (type, name, threads), ``versions``, ``commit``, and ``modified``: which of the
-        files differed from it. The last two are None outside a repository.
+        files differed from it, or weren't in it. The last two are None outside a repository.
     """
     place = device() if place is None else place
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
     versions = {one: _version(one) for one in ("adv", "numpy", *packages)}
-    changed = _git("diff", "--name-only", "HEAD", "--", *files) if (files := list(files)) else ""
     return {
         "device": {"type": place.type, "name": name, "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
         "commit": _git("rev-parse", "HEAD"),
-        "modified": None if changed is None else changed.splitlines(),
+        "modified": _modified(list(files)),
     }
+
+
+def _modified(files: list[Path]) -> list[str] | None:
+    if not files:
+        return []
+    changed = _git("diff", "--name-only", "HEAD", "--", *files)
+    unknown = _git("ls-files", "--others", "--full-name", "--", *files)
+    if changed is None or unknown is None:
+        return None
+    return [*changed.splitlines(), *unknown.splitlines()]
 
 
 def _version(package: str) -> str | None:
