@@ -122,7 +122,8 @@ def adapted(defense: nn.Module, x: Tensor, y: Tensor, settings: Settings, seed: 
         x: (N, C, H, W) images.
         y: (N,) their labels.
         settings: ``call``, such as ``"adaptive.distortion_search"`` (in ``adv.attacks``),
-            ``gradient`` (see ``surrogate``), ``chunk``, images at a time, and the attack's own.
+            ``gradient`` (see ``surrogate``), ``chunk``, images at a time, ``verify``, how many
+            defenses with other draws an attack must fool (one), and the attack's own.
         seed: of the attack.
 
     Returns:
@@ -136,16 +137,20 @@ def adapted(defense: nn.Module, x: Tensor, y: Tensor, settings: Settings, seed: 
         own["norm"] = settings["norm"]
 
     def call(_: nn.Module, x: Tensor, y: Tensor, *, seed: int, **given: Any) -> Tensor:
-        judge = defense
+        judges = [defense]
         if isinstance(defense, DefenseGAN | AnalysisBySynthesis):
-            judge = defense.reseeded(VERIFY + seed)
+            count = settings.get("verify", 1)
+            judges = [defense.reseeded(VERIFY + seed + 10 * k) for k in range(count)]
         model = surrogate(defense, settings, seed)
         options = {"bounds": given["bounds"], "seed": seed, **own}
         if "explain" in taken:
             options["explain"] = _explain(defense)
+        if "encode" in taken:
+            options |= _on_surface(defense)
         if "verify" in taken:
-            return function(model, x, y, verify=judge, **options)
-        return stretched(judge, x, y, function(model, x, y, **options))
+            options["verify"] = judges if len(judges) > 1 else judges[0]
+            return function(model, x, y, **options)
+        return stretched(judges[0], x, y, function(model, x, y, **options))
 
     return perturb(defense, x, y, call, norm="l2", seed=seed, chunk=settings.get("chunk", 100))
 
@@ -159,6 +164,16 @@ def _explain(defense: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         return defense.logits(z, x), defense.decode(z)
 
     return explain
+
+
+def _on_surface(defense: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    if not isinstance(defense, DefenseGAN):
+        raise TypeError(f"a {type(defense).__name__} doesn't decide by what one generator makes")
+    return {
+        "encode": defense.project,
+        "decode": defense.decode,
+        "classifier": defense.classifier,
+    }
 
 
 @torch.no_grad()

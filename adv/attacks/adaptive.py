@@ -12,11 +12,13 @@ that, and the others raise. Solver, inner loss $l$ and readout $h$ are callables
 here knows a particular defense; inner losses of different samples must not interact, and networks
 inside these callables are in evaluation mode.
 
-The second part are attacks: ``distortion_search``, the common outer loop, and ``latent_walk``.
+The second part are attacks: ``distortion_search``, the common outer loop, and two that never look
+through the solver, ``surface_search`` and ``latent_walk``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -39,6 +41,7 @@ from adv.attacks.common import (
     eval_mode,
     expand,
     generator,
+    input_gradient,
     is_adversarial,
     loss_gradient,
     margin,
@@ -59,6 +62,7 @@ __all__ = [
     "nes",
     "nes_gradient",
     "neumann_gradient",
+    "surface_search",
     "unroll",
 ]
 
@@ -72,6 +76,8 @@ Solver = Callable[[Tensor], Tensor]
 """Inputs to codes, by whatever means."""
 Explain = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Inputs to the logits (B, K) and to what each class makes of them, (B, K, ...)."""
+Decode = Callable[[Tensor], Tensor]
+"""Codes to the inputs that a generator makes of them."""
 
 CEILING = 1e9
 """Weight from which on one counts as not yet having succeeded."""
@@ -711,6 +717,154 @@ class _Candidates:
 
     def distances(self) -> dict[str, Tensor]:
         return {"unverified": self.unverified.distance, "verified": self.verified.distance}
+
+
+def surface_search(
+    model: Model,
+    x: Float[Tensor, "B ..."],
+    y: Int[Tensor, " B"],
+    *,
+    encode: Solver,
+    decode: Decode,
+    classifier: Model,
+    verify: Model | Sequence[Model] | None = None,
+    steps: int = 100,
+    rounds: int = 5,
+    weight: float = 1.0,
+    lr: float = 0.05,
+    confidence: float = 1.0,
+    reach: float = 2.0,
+    scales: int = 16,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Float[Tensor, "B ..."]:
+    r"""Move an input along a generator's surface, by as much as changes what is said there.
+
+    For a defense that decides by $f(G(z^*(x)))$. From the code $z^*(x)$ on, with the solver left
+    alone, look for the code $z$ that is nearest on the surface and confidently wrong,
+
+    $$\min_z\|G(z)-G(z^*)\|_2^2+\lambda\max\big(m_y(f(G(z)))+\kappa,0\big),$$
+
+    with the least $\lambda$ that succeeds (growing tenfold, then bisected), and carry the input
+    along, $x'=x+t\,(G(z)-G(z^*))$. Where the surface is flat $x'$ projects onto $z$ at $t=1$, and
+    this is the nearest input that does. Elsewhere, and for a solver that gets stuck, $t$ is the
+    least of an even grid from which on all points fool ``verify``: a solver's answer hangs on its
+    restarts, and a first success may be a matter of luck.
+
+    Args:
+        model: the defense, inputs to (B, K) logits.
+        x: (B, ...) inputs inside ``bounds``.
+        y: (B,) true labels.
+        encode: $z^*$, inputs to (B, k) codes; asked once.
+        decode: $G$, codes to inputs, differentiable, its samples not interacting.
+        classifier: $f$, inputs to (B, K) logits.
+        verify: the defense with restarts of its own, or several, which all must be fooled; by
+            default ``model``.
+        steps: forward and backward passes of a round, through $f$ and $G$.
+        rounds: weights tried.
+        weight: the first $\lambda>0$, at most 1e15, where it stops growing.
+        lr: Adam's step size, in the units of a code.
+        confidence: $\kappa\ge0$, in units of the logits.
+        reach: the largest $t>0$.
+        scales: how many $t$ are tried, from the largest on, 0 not counted.
+        bounds: smallest and largest value of an input.
+        seed: not used, since nothing is drawn here.
+        observe: called at each pass with ``codes``, ``x_adv`` at $t=1$, ``logits``, ``weight`` and
+            ``distance``, the nearest wrong code's so far on the surface, infinite where none is.
+
+    Returns:
+        (B, ...) the inputs, inside ``bounds``; ``x`` itself where no $t$ stood the test.
+
+    Raises:
+        TypeError, ValueError: bad input, as ``check_inputs`` says; a weight, ``lr`` or reach that
+            isn't positive, or too large.
+
+    Source: ours; chapter ``generative``.
+    """
+    generator(seed)
+    check_inputs(model, x, y, bounds=bounds, steps=steps, rounds=rounds, scales=scales)
+    check_positive("weight", weight)
+    check_number("weight", weight, HEAVIEST)
+    check_positive("lr", lr)
+    check_number("confidence", confidence)
+    check_positive("reach", reach)
+    x, judges = x.detach(), verify if isinstance(verify, Sequence) else (verify or model,)
+    with ExitStack() as stack:
+        for network in (model, classifier, *judges):
+            stack.enter_context(eval_mode(network))
+        start = _solved(encode, x)
+        surface = _Surface(decode, classifier, start, y, confidence)
+        lam, low = x.new_full((len(x),), weight), x.new_zeros(len(x))
+        high, watch = torch.full_like(lam, CEILING), GradientWatch(start)
+        for count in range(rounds):
+            z, mover = start, _Mover("adam", lr, steps, start)
+            success = torch.zeros_like(y, dtype=torch.bool)
+            for step in range(steps):
+                shift, logits, g = surface.look(z, lam)
+                wrong = is_adversarial(logits, y)
+                sure = wrong & (margin(logits, y) <= -confidence)
+                surface.nearest.update(z, norm_of(shift, "l2"), sure)
+                success |= sure
+                if observe is not None:
+                    state = {"codes": z, "x_adv": (x + shift).clamp(*bounds), "logits": logits}
+                    state |= {"weight": lam, "distance": surface.nearest.distance}
+                    observe(count * steps + step, state)
+                z = z - mover.step(watch.see(g, wrong), step + 1)
+            low, high = torch.where(success, low, lam), torch.where(success, lam, high)
+            lam = torch.where(high < CEILING, (low + high) / 2, (GROWTH * lam).clamp_max(HEAVIEST))
+        watch.report("surface_search()")
+        shift, _, _ = surface.look(surface.nearest.x_adv, lam)
+        return _steadily(
+            judges, x, shift, y, [reach * k / scales for k in range(scales, -1, -1)], bounds
+        )
+
+
+class _Surface:
+    """What a generator can make, seen from one code for each sample, and the nearest wrong one."""
+
+    def __init__(
+        self, decode: Decode, classifier: Model, start: Tensor, y: Tensor, confidence: float
+    ) -> None:
+        self.decode, self.classifier, self.y, self.confidence = decode, classifier, y, confidence
+        with torch.no_grad():
+            self.made = decode(start)
+        self.nearest = Best(start)
+
+    def look(self, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The way to the images of codes, their logits, and the gradient of the price."""
+        seen: list[Tensor] = []
+
+        def price(codes: Tensor) -> Tensor:
+            image = self.decode(codes)
+            shift, logits = image - _plain(self.made), self.classifier(image)
+            seen.extend((shift.detach(), logits.detach()))
+            excess = (margin(logits, _plain(self.y)) + self.confidence).clamp_min(0)
+            return shift.flatten(1).square().sum(dim=1) + _plain(lam) * excess
+
+        _, gradient = input_gradient(price, z)
+        return seen[0], seen[1], gradient
+
+
+@torch.no_grad()
+def _steadily(
+    judges: Sequence[Model],
+    x: Tensor,
+    shift: Tensor,
+    y: Tensor,
+    scales: Sequence[float],
+    bounds: Bounds,
+) -> Tensor:
+    """Of falling scales of a shift the last up to which all fool the judges; ``x`` without one."""
+    x_adv, standing = x.clone(), torch.arange(len(x), device=x.device)
+    for scale in scales:
+        points = (x + scale * shift).clamp(*bounds)
+        for judge in judges:
+            if len(standing) == 0:
+                return x_adv
+            standing = standing[is_adversarial(judge(points[standing]), y[standing])]
+        x_adv[standing] = points[standing]
+    return x_adv
 
 
 def latent_walk(

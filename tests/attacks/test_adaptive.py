@@ -20,6 +20,7 @@ from adv.attacks.adaptive import (
     nes,
     nes_gradient,
     neumann_gradient,
+    surface_search,
     unroll,
 )
 from adv.attacks.common import class_gradients, margin
@@ -447,6 +448,83 @@ def test_the_search_turns_a_network_at_about_the_distance_of_pgd(digits):
     assert (model(torch.cat(inside)).argmax(dim=1) != y).sum() <= 3
 
 
+@pytest.fixture
+def flat():
+    """A linear generator, its exact solver, and a linear classifier behind both."""
+    W, b = affine(6, 3, seed=4).weight, inputs(1, 6, seed=5)
+    net, x = affine(4, 6, seed=6), inputs(5, 6)
+    parts = {
+        "encode": lambda x: (x - b) @ torch.linalg.pinv(W).T,
+        "decode": lambda z: z @ W.T + b,
+        "classifier": net,
+    }
+    defense = lambda x: net(parts["decode"](parts["encode"](x)))  # noqa: E731
+    return defense, x, defense(x).argmax(dim=1), W, parts
+
+
+SURE = {"steps": 150, "rounds": 8, "confidence": 0.01, "bounds": WIDE}
+
+
+def test_on_a_flat_surface_the_search_finds_the_nearest_input(flat):
+    """The defense is linear there: the nearest boundary of another class, seen in the surface."""
+    defense, x, y, W, parts = flat
+    logits, onto = defense(x), W @ torch.linalg.pinv(W)
+    apart = parts["classifier"].weight[y][:, None] - parts["classifier"].weight
+    gaps = logits.gather(1, y[:, None]) - logits
+    distance = (gaps / (apart @ onto).norm(dim=2)).nan_to_num(math.inf)
+    distance = distance.scatter(1, y[:, None], math.inf).amin(dim=1)
+    x_adv = surface_search(defense, x, y, reach=1.25, scales=125, **SURE, **parts)
+    found = (x_adv - x).norm(dim=1)
+    assert torch.all(margin(defense(x_adv), y) < 0)
+    assert torch.all(found >= distance)
+    assert torch.all(found < 1.03 * distance + 0.01)
+    assert torch.allclose((x_adv - x) @ onto, x_adv - x), "what sticks out of the surface is kept"
+
+
+def test_all_judges_must_be_fooled_from_a_scale_on(flat):
+    defense, x, y, _, parts = flat
+    quick = SURE | {"steps": 30, "rounds": 2, "weight": 30.0}
+    end = surface_search(
+        defense, x, y, scales=1, reach=2.0, verify=lambda p: torch.ones(len(p), 4), **quick, **parts
+    )
+    assert torch.equal(end, x), "equal logits are no success"
+    whole = surface_search(defense, x, y, scales=1, reach=2.0, **quick, **parts) - x
+    way = lambda p: ((p - x[:1]) @ whole[0]) / whole[0].square().sum()  # noqa: E731
+
+    def judge(*windows):
+        def logits(p):
+            wrong = sum(((way(p) > low) & (way(p) < high)).double() for low, high in windows)
+            return torch.stack([1 - wrong if c == y[0] else wrong for c in range(4)], dim=1)
+
+        return logits
+
+    one = {"scales": 20, "reach": 2.0, **quick, **parts}
+    early = judge((0.09, 0.21), (0.49, 9.0))
+    for verify, share in (
+        (early, 0.5),  # the first window is luck
+        ([early, judge((0.59, 9.0))], 0.6),
+        ([judge((0.59, 9.0)), early], 0.6),
+        ((early, judge((0.2, 0.9))), 0.0),
+        (judge((-1.0, 9.0)), 0.0),
+    ):
+        x_adv = surface_search(defense, x[:1], y[:1], verify=verify, **one)
+        assert torch.allclose(x_adv - x[:1], share * whole[:1])
+
+
+def test_the_search_on_the_surface_stays_in_the_box_and_tells_its_distance(flat):
+    defense, x, y, _, parts = flat
+    seen = []
+    rule = SURE | {"bounds": (0.0, 1.0), "steps": 40, "rounds": 3}
+    surface_search(defense, x, y, observe=lambda _, s: seen.append(s), **rule, **parts)
+    assert len(seen) == 120
+    assert all(s["x_adv"].min() >= 0 and s["x_adv"].max() <= 1 for s in seen)
+    best = torch.stack([s["distance"] for s in seen])
+    assert torch.all(best[1:] <= best[:-1])
+    assert best[0].min() == math.inf
+    assert best[-1].max() < math.inf
+    assert torch.allclose(parts["decode"](seen[0]["codes"]), parts["decode"](parts["encode"](x)))
+
+
 def test_the_walk_goes_straight_and_is_bisected():
     goals = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.9]], dtype=torch.float64)
     net = affine(3, 2, weight=2 * goals, bias=-goals.square().sum(dim=1))  # the nearest goal
@@ -500,6 +578,9 @@ def test_inference_mode_makes_no_difference(scene):
         lambda x, y, z, v: neumann_gradient(world.inner, z, x, v, steps=3, step_size=0.05),
         lambda x, y, z, v: implicit_gradient(world.inner, z, x, v).gradient,
         lambda x, y, z, v: distortion_search(net, x, y, steps=3, bounds=WIDE),
+        lambda x, y, z, v: surface_search(
+            net, x, y, encode=lambda p: z[: len(p)], decode=world.G, classifier=net, bounds=WIDE
+        ),
         lambda x, y, z, v: latent_walk(
             net, x, y, steps=3, bounds=WIDE, explain=lambda p: (net(p), p[:, None] * v[:, :, None])
         ),
@@ -544,6 +625,7 @@ def test_only_the_image_itself_decides(scene):
 
 X, Y, NET = inputs(2, 4), torch.tensor([0, 1]), affine(2, 4)
 FLAT = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
+SAME = {"encode": torch.clone, "decode": torch.clone, "classifier": NET}
 
 
 @pytest.mark.parametrize(
@@ -576,6 +658,12 @@ FLAT = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
         (lambda: distortion_search(NET, X, Y, weight=1e16), ValueError),
         (lambda: distortion_search(NET, X, Y, confidence=-1.0), ValueError),
         (lambda: distortion_search(NET, X, Y, rounds=0), ValueError),
+        (lambda: surface_search(NET, X, Y, reach=0.0, **SAME), ValueError),
+        (lambda: surface_search(NET, X, Y, scales=0, **SAME), ValueError),
+        (lambda: surface_search(NET, X, Y, scales=2.5, **SAME), TypeError),
+        (lambda: surface_search(NET, X, Y, confidence=-1.0, **SAME), ValueError),
+        (lambda: surface_search(NET, X, Y, lr=0.0, **SAME), ValueError),
+        (lambda: surface_search(NET, X, Y, weight=1e16, **SAME), ValueError),
         (lambda: latent_walk(NET, X, Y, explain=NET, eta=1.5), ValueError),
         (lambda: latent_walk(NET, X, Y, explain=NET, growth=0.5), ValueError),
         (lambda: latent_walk(NET, X, Y, explain=NET, halvings=-1), ValueError),

@@ -54,6 +54,16 @@ SETTINGS = {
             **SEARCH,
             **ENDS,
         },
+        "gan-surface": {
+            "uses": "wgan",
+            "defense": BETTER,
+            "call": "adaptive.surface_search",
+            "norm": "l2",
+            "verify": 2,
+            "steps": 30,
+            "rounds": 3,
+            **ENDS,
+        },
         "abs": {"defense": ABS, **SEARCH, **ENDS},
         "abs-walk": {"defense": ABS, "call": "adaptive.latent_walk", "norm": "l2", **ENDS},
     },
@@ -119,6 +129,7 @@ def test_a_game_is_trained_and_recorded(plan):
 def test_a_figure_of_defenses_under_attack(plan):
     for model, attack in (
         ("mlp", "gan-clean"),
+        ("mlp", "gan-surface"),
         ("mlp", "gan-unrolled"),
         ("vaes", "abs"),
         ("vaes", "abs-walk"),
@@ -223,6 +234,9 @@ def test_what_cannot_be_differentiated_so_is_refused(parts):
     settings = {"call": "adaptive.latent_walk", "norm": "l2"}
     with pytest.raises(TypeError, match="explains"):
         defended.adapted(gan, *_some(), settings, 0)
+    settings = {"call": "adaptive.surface_search", "norm": "l2"}
+    with pytest.raises(TypeError, match="one generator"):
+        defended.adapted(synthesis, *_some(), settings, 0)
 
 
 def _some():
