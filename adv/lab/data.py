@@ -477,7 +477,10 @@ def _remedy(name: str) -> str:
 def _download(name: str) -> None:
     """Fetch what is not intact in the cache; nothing for sets without a public address."""
     if name == "olivetti":
-        fetch_olivetti_faces(data_home=cache())
+        try:
+            fetch_olivetti_faces(data_home=cache())
+        except OSError as error:
+            raise RuntimeError(f"could not download {name} to {cache()}: {error}") from error
         return
     # Imported here: it takes longer than reading the digits.
     from torchvision.datasets.utils import download_url, extract_archive

@@ -10,6 +10,7 @@ import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
+from urllib.error import URLError
 
 import joblib
 import numpy as np
@@ -435,6 +436,15 @@ def test_a_failed_or_altered_download_names_address_and_target(folder, server):
     write(served / "gone.gz", b"other bytes")
     with pytest.raises(RuntimeError, match=r"could not download .*corrupted"):
         data.load("mnist", download=True)
+
+
+def test_a_failed_download_by_scikit_learn_is_told_alike(folder, monkeypatch):
+    def fail(**_):
+        raise URLError("no network")
+
+    monkeypatch.setattr(data, "fetch_olivetti_faces", fail)
+    with pytest.raises(RuntimeError, match=r"could not download olivetti to .*no network"):
+        data.load("olivetti", download=True)
 
 
 def test_archives_are_unpacked_in_the_cache(folder, server, tmp_path):
