@@ -123,7 +123,7 @@ def adapted(defense: nn.Module, x: Tensor, y: Tensor, settings: Settings, seed: 
         y: (N,) their labels.
         settings: ``call``, such as ``"adaptive.distortion_search"`` (in ``adv.attacks``),
             ``gradient`` (see ``surrogate``), ``chunk``, images at a time, ``verify``, how many
-            defenses with other draws an attack must fool (one), and the attack's own.
+            defenses with other draws ``surface_search`` must fool (one), and the attack's own.
         seed: of the attack.
 
     Returns:

@@ -747,10 +747,11 @@ def surface_search(
     $$\min_z\|G(z)-G(z^*)\|_2^2+\lambda\max\big(m_y(f(G(z)))+\kappa,0\big),$$
 
     with the least $\lambda$ that succeeds (growing tenfold, then bisected), and carry the input
-    along, $x'=x+t\,(G(z)-G(z^*))$. Where the surface is flat $x'$ projects onto $z$ at $t=1$, and
+    along, $x'=x+t\,(G(z)-G(z^*))$. Where the surface is flat $x'$ has the code $z$ at $t=1$, and
     this is the nearest input that does. Elsewhere, and for a solver that gets stuck, $t$ is the
     least of an even grid from which on all points fool ``verify``: a solver's answer hangs on its
-    restarts, and a first success may be a matter of luck.
+    restarts, and a first success may be a matter of luck. So nothing is found where the largest $t$
+    fails.
 
     Args:
         model: the defense, inputs to (B, K) logits.
@@ -767,7 +768,7 @@ def surface_search(
         lr: Adam's step size, in the units of a code.
         confidence: $\kappa\ge0$, in units of the logits.
         reach: the largest $t>0$.
-        scales: how many $t$ are tried, from the largest on, 0 not counted.
+        scales: in how many even steps $t$ goes from ``reach`` down to 0, the input itself.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn here.
         observe: called at each pass with ``codes``, ``x_adv`` at $t=1$, ``logits``, ``weight`` and
@@ -778,7 +779,7 @@ def surface_search(
 
     Raises:
         TypeError, ValueError: bad input, as ``check_inputs`` says; a weight, ``lr`` or reach that
-            isn't positive, or too large.
+            isn't positive, or too large; a generator of other shapes; nothing that verifies.
 
     Source: ours; chapter ``generative``.
     """
@@ -789,12 +790,19 @@ def surface_search(
     check_positive("lr", lr)
     check_number("confidence", confidence)
     check_positive("reach", reach)
-    x, judges = x.detach(), verify if isinstance(verify, Sequence) else (verify or model,)
+    x, verify = x.detach(), model if verify is None else verify
+    judges = verify if isinstance(verify, Sequence) else (verify,)
+    if not judges:
+        raise ValueError("verify is a defense or several, not none")
     with ExitStack() as stack:
-        for network in (model, classifier, *judges):
+        for network in (model, classifier, encode, decode, *judges):
             stack.enter_context(eval_mode(network))
         start = _solved(encode, x)
         surface = _Surface(decode, classifier, start, y, confidence)
+        if surface.made.shape != x.shape:
+            raise ValueError(
+                f"decode makes {tuple(surface.made.shape)} of the codes, but x is {tuple(x.shape)}"
+            )
         lam, low = x.new_full((len(x),), weight), x.new_zeros(len(x))
         high, watch = torch.full_like(lam, CEILING), GradientWatch(start)
         for count in range(rounds):
@@ -814,10 +822,10 @@ def surface_search(
             low, high = torch.where(success, low, lam), torch.where(success, lam, high)
             lam = torch.where(high < CEILING, (low + high) / 2, (GROWTH * lam).clamp_max(HEAVIEST))
         watch.report("surface_search()")
-        shift, _, _ = surface.look(surface.nearest.x_adv, lam)
-        return _steadily(
-            judges, x, shift, y, [reach * k / scales for k in range(scales, -1, -1)], bounds
-        )
+        with torch.no_grad():
+            shift = decode(surface.nearest.x_adv) - surface.made
+        grid = [reach * k / scales for k in range(scales, -1, -1)]
+        return _steadily(judges, x, shift, y, grid, bounds)
 
 
 class _Surface:

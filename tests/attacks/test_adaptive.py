@@ -465,6 +465,14 @@ def flat():
 SURE = {"steps": 150, "rounds": 8, "confidence": 0.01, "bounds": WIDE}
 
 
+def test_networks_on_the_surface_are_in_evaluation_mode():
+    x, y, net = inputs(3, 4), torch.tensor([0, 1, 0]), affine(2, 4)
+    parts = {name: nn.Sequential(nn.Identity(), nn.Dropout()) for name in ("encode", "decode")}
+    runs = [surface_search(net, x, y, steps=5, classifier=net, **parts) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert all(part.training for part in parts.values())
+
+
 def test_on_a_flat_surface_the_search_finds_the_nearest_input(flat):
     """The defense is linear there: the nearest boundary of another class, seen in the surface."""
     defense, x, y, W, parts = flat
@@ -660,6 +668,8 @@ SAME = {"encode": torch.clone, "decode": torch.clone, "classifier": NET}
         (lambda: distortion_search(NET, X, Y, rounds=0), ValueError),
         (lambda: surface_search(NET, X, Y, reach=0.0, **SAME), ValueError),
         (lambda: surface_search(NET, X, Y, scales=0, **SAME), ValueError),
+        (lambda: surface_search(NET, X, Y, verify=[], **SAME), ValueError),
+        (lambda: surface_search(NET, X, Y, **SAME | {"decode": lambda z: z[:, :3]}), ValueError),
         (lambda: surface_search(NET, X, Y, scales=2.5, **SAME), TypeError),
         (lambda: surface_search(NET, X, Y, confidence=-1.0, **SAME), ValueError),
         (lambda: surface_search(NET, X, Y, lr=0.0, **SAME), ValueError),
