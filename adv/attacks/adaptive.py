@@ -664,10 +664,18 @@ def distortion_search(
                 g = 2 * (x_adv - x) + expand(lam, g) * g
                 x_adv = (x_adv - mover.step(g, step + 1)).clamp(*bounds)
             success = search.judge()
-            low, high = torch.where(success, low, lam), torch.where(success, lam, high)
-            lam = torch.where(high < CEILING, (low + high) / 2, (GROWTH * lam).clamp_max(HEAVIEST))
+            lam, low, high = _reweighed(lam, low, high, success)
     watch.report("distortion_search()")
     return search.verified.x_adv
+
+
+def _reweighed(
+    lam: Tensor, low: Tensor, high: Tensor, success: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next weights: tenfold until one has succeeded, then halfway between the two ends."""
+    low, high = torch.where(success, low, lam), torch.where(success, lam, high)
+    grown = (GROWTH * lam).clamp_max(HEAVIEST)
+    return torch.where(high < CEILING, (low + high) / 2, grown), low, high
 
 
 class _Mover:
@@ -819,8 +827,7 @@ def surface_search(
                     state |= {"weight": lam, "distance": surface.nearest.distance}
                     observe(count * steps + step, state)
                 z = z - mover.step(watch.see(g, wrong), step + 1)
-            low, high = torch.where(success, low, lam), torch.where(success, lam, high)
-            lam = torch.where(high < CEILING, (low + high) / 2, (GROWTH * lam).clamp_max(HEAVIEST))
+            lam, low, high = _reweighed(lam, low, high, success)
         watch.report("surface_search()")
         with torch.no_grad():
             shift = decode(surface.nearest.x_adv) - surface.made
