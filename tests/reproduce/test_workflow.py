@@ -164,7 +164,13 @@ def test_ctrl_c_lets_snakemake_end_its_jobs(tmp_path):
         "except KeyboardInterrupt:\n    time.sleep(1)\n    sys.exit(7)"
     )
     line = [sys.executable, "-c", child, str(tmp_path)]
-    program = f"import sys; from reproduce.__main__ import launch; sys.exit(launch({line!r}, []))"
+    program = (
+        "import signal, sys\n"
+        "from reproduce.__main__ import launch\n"
+        # A shell that starts the tests in the background lets them ignore Ctrl+C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.exit(launch({line!r}, []))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE
     )
