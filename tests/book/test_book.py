@@ -66,6 +66,14 @@ class TestChapter:
             if cell.cell_type == "code":
                 assert max(map(len, cell.source.splitlines()), default=0) <= 88, cell.source
 
+    def test_no_line_of_text_begins_as_a_comment_does(self, path):
+        lines = [
+            c.source.splitlines()
+            for c in book.read_chapter(path).cells
+            if c.cell_type == "markdown"
+        ]
+        assert not [line for cell in lines for line in cell if line.lstrip().startswith("%")]
+
     def test_labels_of_claims_are_unique_and_name_the_chapter(self, path):
         if path.stem == "index":
             return
