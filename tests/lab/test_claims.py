@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from adv.lab import claims
-from adv.lab.claims import claim, compare, erratum, escape, paper
+from adv.lab.claims import abridged, claim, compare, erratum, escape, paper
 
 PAPER = {
     "tables": [
@@ -126,6 +126,19 @@ def test_compare_formats_both_sides(folder):
     assert table["how", "paper"].tolist() == ["exact", "—"]
     assert table["images", "paper"].tolist() == ["500", "—"]
     assert table.attrs == {"caption": "Errors", "note": "a cell is lost"}
+
+
+def test_abridged_shows_what_has_a_number_of_ours_and_names_the_rest(folder, capsys):
+    part = abridged(compare("toy", "1", ours={"a": {"rho": 0.1}}))
+    assert list(part.index) == ["net A"]
+    assert list(part.columns) == [("rho", "paper"), ("rho", "ours")]
+    assert capsys.readouterr().out == "without a number of ours: b\n"
+    whole = compare("toy", "1", ours={"a": {"rho": 0.1}, "b": {"err": 20}})
+    assert list(abridged(whole).index) == list(whole.index)
+    assert not capsys.readouterr().out
+    printed = abridged(compare("toy", "1"))
+    assert printed["rho"].tolist() == ["0.114", "—"]
+    assert capsys.readouterr().out == "the published numbers; ours have not been computed\n"
 
 
 def test_a_unit_that_all_columns_share_is_named_once(root):
