@@ -131,12 +131,22 @@ def _fit(
 
 
 def _duel(model: nn.Module, train: data.Split, recipe: Settings, checkpoint: Path) -> Duel:
-    """Train against an adversary critic; epochs and batch are those of ``training``."""
+    """Train against an adversary critic; epochs and batch are those of ``training``.
+
+    ``products`` is torch's precision of float32 matrix products, for this training alone:
+    ``"medium"`` lets them be made of bfloat16 factors where the processor has these.
+    """
     settings = dict(recipe["critic"])
     critic = new_critic(recipe["seed"], sizes=settings.pop("sizes"))
+    products = settings.pop("products", "highest")
     settings |= {name: recipe["training"][name] for name in ("epochs", "batch_size")}
     given = {"seed": recipe["seed"], "checkpoint": checkpoint, "progress": sys.stderr.isatty()}
-    return fit_critic(model, critic, train, **settings, **given)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    try:
+        return fit_critic(model, critic, train, **settings, **given)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _game(model: models.WGAN, train: data.Split, recipe: Settings, checkpoint: Path) -> History:

@@ -174,6 +174,24 @@ def test_a_critic_s_classifier_is_that_of_fit_critic(thesis):
     assert steps._network(plan, network)(x).equal(model(x))
 
 
+def test_only_the_critic_s_training_has_the_precision_that_it_asks_for(thesis, monkeypatch):
+    thesis.content["defenses"]["critic"]["critic"]["products"] = "medium"
+    thesis.write()
+    plan, network = thesis.plan(), Network("convex", "digits", "fcnn", "critic", 1)
+    seen = []
+
+    def watched(*args, **options):
+        seen.append(torch.get_float32_matmul_precision())
+        return fit_critic(*args, **options)
+
+    monkeypatch.setattr(steps, "fit_critic", watched)
+    before = torch.get_float32_matmul_precision()
+    steps.train(plan, network)
+    assert seen == ["medium"]
+    assert torch.get_float32_matmul_precision() == before == "highest"
+    assert read(plan.record(network))["settings"]["training"]["critic"]["products"] == "medium"
+
+
 def test_a_defense_may_change_the_network(thesis):
     plan = thesis.plan()
     plain, dropped = (
