@@ -444,6 +444,7 @@ class Plan:
         if "pairs" in recipe:
             call = recipe["pairs"].get("attack", {}).get("call")
             names += ["reproduce.pairs.training", *([f"adv.attacks.{call}"] if call else [])]
+        names += ["adv.lab.training.mixed"] if recipe["training"].get("mixed") else []
         return [*names, "adv.lab.training.fit"]
 
     def tasks(self, items: list[Item]) -> list[Task]:

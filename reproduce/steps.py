@@ -27,7 +27,7 @@ from adv.lab.duel import Duel, fit_critic, new_critic
 from adv.lab.evaluation import counting, perturb, success
 from adv.lab.files import replacing
 from adv.lab.generative import VAEManifold, fit_wgan, with_manifold
-from adv.lab.training import History, cross_entropy, fit
+from adv.lab.training import History, cross_entropy, fit, mixed
 from reproduce import defended, pairs, versions
 from reproduce.files import digest, read, sha256, write_json
 from reproduce.measures import MEASURES, Sample
@@ -109,8 +109,8 @@ def _fit(
 ) -> History:
     """Train by a recipe; the first ``warmup`` of its epochs are of the cross-entropy alone."""
     settings = dict(recipe["training"])
-    warmup, decay, augment = (
-        settings.pop(name, 0) for name in ("warmup", "weight_decay", "augment")
+    warmup, decay, augment, half = (
+        settings.pop(name, 0) for name in ("warmup", "weight_decay", "augment", "mixed")
     )
     settings.pop("best", None)
     if decay:
@@ -121,6 +121,7 @@ def _fit(
     stages += [(settings["epochs"] - warmup, loss, checkpoint)]
     for epochs, value, file in stages:
         if epochs:
+            value = mixed(value) if half else value
             value = _augmented(value) if augment else value
             one = fit(
                 model, train, val=val, checkpoint=file, **given | {"epochs": epochs, "loss": value}

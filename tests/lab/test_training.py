@@ -12,8 +12,17 @@ import pytest
 import torch
 from torch import nn
 
+from adv.defenses.margin import margin_loss
+from adv.lab import models
 from adv.lab.data import Split
-from adv.lab.training import DivergenceError, colorization, cross_entropy, fit, reconstruction
+from adv.lab.training import (
+    DivergenceError,
+    colorization,
+    cross_entropy,
+    fit,
+    mixed,
+    reconstruction,
+)
 
 
 def blobs(n=60, seed=0):
@@ -205,6 +214,44 @@ def test_leaves_flags_and_gradients_as_promised():
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(model[1].bias, frozen)
     assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("name", ["mlp", "digits-cnn"])
+@pytest.mark.parametrize("loss", [cross_entropy, margin_loss(0.1), margin_loss(0.01, norm="linf")])
+def test_mixed_precision_changes_little_but_changes_it(name, loss):
+    """Gradients of float32 weights, off by what eight binary digits allow, and not by less."""
+    settings = {"sizes": (64, 64, 64, 10)} if name == "mlp" else {}
+    model = models.build(name, seed=0, **settings)
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.rand(32, 1, 8, 8, generator=draw), torch.arange(32) % 10
+    parameters = list(model.parameters())
+    whole, half = loss(model, x, y), mixed(loss)(model, x, y)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(whole.item(), rel=0.02)
+    one, other = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, allow_unused=False)])
+        for value in (whole, half)
+    )
+    assert other.dtype == torch.float32
+    gap = float((one - other).norm() / one.norm())
+    assert 1e-5 < gap < 0.1
+
+
+def test_mixed_precision_puts_the_channels_of_images_last():
+    seen = []
+
+    def loss(model, x, y):
+        seen.append((x, torch.is_autocast_enabled("cpu")))
+        return model(x).sum()
+
+    for shape in ((2, 3, 4, 4), (2, 8)):
+        x = torch.rand(shape)
+        mixed(loss)(nn.Flatten(), x, torch.zeros(2))
+        got, cast = seen.pop()
+        assert torch.equal(got, x)
+        assert cast
+        assert not torch.is_autocast_enabled("cpu")
+        assert x.ndim < 4 or got.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_divergence_is_an_error():
