@@ -117,7 +117,8 @@ def _fit(
         settings["optimizer"] = partial(torch.optim.Adam, weight_decay=decay)
     given = {"seed": recipe["seed"], "progress": sys.stderr.isatty(), **settings}
     history = History()
-    stages = [(warmup, cross_entropy, checkpoint.with_stem(f"{checkpoint.stem}-warmup"))]
+    early = checkpoint.with_stem(f"{checkpoint.stem}-warmup")
+    stages: list[tuple[int, Callable[..., Tensor], Path]] = [(warmup, cross_entropy, early)]
     stages += [(settings["epochs"] - warmup, loss, checkpoint)]
     for epochs, value, file in stages:
         if epochs:
