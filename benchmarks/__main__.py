@@ -20,6 +20,7 @@ from adv.attacks import boundary, gradient
 from adv.attacks.common import class_gradients
 from adv.defenses import margin
 from adv.lab import data, device, models, zoo
+from adv.lab.training import cross_entropy, mixed
 from reproduce.options import friendly, listed, refuse_unknown
 
 Work = Callable[[], object]
@@ -105,6 +106,17 @@ def rows(place: torch.device) -> Iterator[Row]:
                 "one row recorded",
                 lambda net=net, z=z, y=labels: slopes(priced, net, z, y),
                 other,
+                lambda net=net, z=z, y=labels, loss=loss: slopes(loss, net, z, y),
+            )
+    for name, shape in (("lenet5-wide", (100, 1, 28, 28)), ("nin", (32, 3, 32, 32))):
+        net, z = models.build(name, seed=0).to(place), torch.rand(shape, device=place)
+        labels = torch.arange(len(z), device=place) % 10
+        for what, loss in (("cross-entropy", cross_entropy), ("margin loss", priced)):
+            yield (
+                f"{what}, {name}, {len(z)}",
+                "mixed precision",
+                lambda net=net, z=z, y=labels, loss=loss: slopes(mixed(loss), net, z, y),
+                "float32",
                 lambda net=net, z=z, y=labels, loss=loss: slopes(loss, net, z, y),
             )
     net, digits = zoo.load("digits/cnn", device=place), data.load("digits").test
