@@ -260,6 +260,30 @@ def pictures(sample: Sample) -> Named:
     return strips
 
 
+def portraits(sample: Sample) -> Named:
+    """The first image of each class and what became of it, as strips, and what each is taken for.
+
+    ``picture-source`` and ``picture-input`` are PNG files in base64, images side by side in the
+    order of the classes. With ``-said`` behind it, the name stands for the classes, with spaces
+    between them: of a source its label, of an input what the model says. An image that was not
+    attacked, or on which the attack failed, is its own input.
+    """
+    first = torch.stack([(sample.y == k).nonzero()[0, 0] for k in sample.y.unique()])
+    inputs = sample.x.clone()
+    inputs[sample.attacked] = sample.points[0]
+    few = inputs[first]
+    return {
+        "picture-source": _strip(sample.x[first]),
+        "picture-source-said": _classes(sample.y[first]),
+        "picture-input": _strip(few),
+        "picture-input-said": _classes(_outputs(sample.model, few).argmax(dim=1)),
+    }
+
+
+def _classes(y: Tensor) -> str:
+    return " ".join(map(str, y.tolist()))
+
+
 def _strip(images: Tensor) -> str:
     levels = (images.clamp(0, 1) * 255).round().byte().cpu()
     row = torch.cat(list(levels), dim=2).permute(1, 2, 0).squeeze(2).numpy()
@@ -415,6 +439,7 @@ MEASURES: dict[str, Callable[[Sample], Named]] = {
         reconstruction,
         code,
         pictures,
+        portraits,
         kept,
         spectra,
         relative,

@@ -84,7 +84,10 @@ def figure(plan: Plan, item: Item) -> Content:
 
 
 def _pictures(plan: Plan, item: Item) -> Content:
-    """The images of the first seed: for each row a PNG file in base64, images side by side."""
+    """The images of the first seed: for each row a PNG file in base64, images side by side.
+
+    ``said`` are the classes that they are taken for, where the measure tells them.
+    """
     rows: list[Content] = []
     missing = []
     for (label,), cell in item.cells.items():
@@ -93,7 +96,9 @@ def _pictures(plan: Plan, item: Item) -> Content:
             missing.append({"curve": label, "why": _why(plan, cell, records)})
             continue
         row = {"label": label, "seed": records[0]["seed"], "scale": _scales(plan, cell)}
-        rows.append(row | {"png": records[0]["values"][cell.value]})
+        values = records[0]["values"]
+        told = {"said": values[said].split()} if (said := f"{cell.value}-said") in values else {}
+        rows.append(row | {"png": values[cell.value]} | told)
     return {"paper": item.paper, "figure": item.id, "rows": rows, "missing": missing}
 
 
@@ -151,7 +156,11 @@ def _draw_pictures(content: Content) -> bytes:
     else:
         batches = [row if row.ndim == 3 else row.transpose(0, 3, 1, 2) for row in rows]
         labels = [row["label"] for row in content["rows"]]
-        drawing = figures.images(batches, row_labels=labels)[0, 0].figure
+        said = [
+            row.get("said", [""] * len(batch))
+            for row, batch in zip(content["rows"], batches, strict=True)
+        ]
+        drawing = figures.images(batches, titles=said, row_labels=labels)[0, 0].figure
     file = figures.png(drawing)
     plt.close(drawing)
     return file

@@ -11,7 +11,7 @@ from adv.lab.annotate import Collection
 from adv.lab.committee import Committee
 from adv.lab.duel import fit_critic, new_critic
 from adv.lab.models import MLP
-from reproduce import judging, steps
+from reproduce import judging, steps, summary
 from reproduce.files import read
 from reproduce.measures import MEASURES, Sample
 from reproduce.plan import Network, Run
@@ -81,6 +81,51 @@ def test_judges_see_what_the_committee_says_of_fooled_images():
     got = MEASURES["judged"](sample)
     assert (got["answers"], got["change"], got["no-change"], got["rest"]) == (4, 0.75, 0.25, 0)
     assert (got["change-a"], got["change-b"], got["right-on-clean"]) == (0.75, 0, 1)
+
+
+def test_portraits_are_of_each_class_the_first_image(thesis):
+    thesis.content["attacks"]["shown"] = thesis.content["attacks"]["own"] | {
+        "images": 60,
+        "measures": ["portraits"],
+    }
+    del thesis.content["attacks"]["shown"]["judges"]
+    thesis.content["figures"] = {
+        "controls-1": {
+            "cell": {"model": "fcnn", "attack": "shown"},
+            "images": {
+                "clean": {"defense": "none", "value": "picture-source"},
+                "plain": {"defense": "none", "value": "picture-input"},
+                "dropout": {"defense": "dropout", "value": "picture-input"},
+            },
+        }
+    }
+    thesis.write()
+    plan = thesis.plan()
+    run = Run(Network("convex", "digits", "fcnn", "none", 0), "shown")
+    steps.train(plan, run.network)
+    steps.attack(plan, run)
+    steps.measure(plan, run)
+    content = summary.figure(plan, plan.items["convex-figure-controls-1"])
+    assert [row["label"] for row in content["rows"]] == ["clean", "plain"]
+    assert [entry["curve"] for entry in content["missing"]] == ["dropout"]
+    clean, plain = content["rows"]
+    some = data.load("digits").test[torch.arange(60) * 400 // 60]
+    first = [some.y.tolist().index(k) for k in range(10)]
+    assert clean["said"] == list("0123456789")
+    shown = np.stack(summary.strip(clean["png"])) / 255
+    assert np.abs(shown - some.x[first, 0].numpy()).max() <= 0.5 / 255 + 1e-6
+    points, model = (
+        torch.load(plan.points(run), weights_only=True),
+        steps._network(plan, run.network),
+    )
+    where = {int(i): n for n, i in enumerate(points["attacked"].nonzero()[:, 0])}
+    want = torch.stack([points["points"][0][where[i]] if i in where else some.x[i] for i in first])
+    shown = np.stack(summary.strip(plain["png"])) / 255
+    assert np.abs(shown - want[:, 0].numpy()).max() <= 0.5 / 255 + 1e-6
+    assert plain["said"] == list(map(str, model(want).argmax(1).tolist()))
+    fooled = [a != b for a, b in zip(plain["said"], clean["said"], strict=True)]
+    assert sum(fooled) >= 8
+    assert summary.draw(content)[:4] == b"\x89PNG"
 
 
 @pytest.fixture
