@@ -420,6 +420,25 @@ def judged(sample: Sample) -> Named:
     }
 
 
+def convincing(sample: Sample) -> Named:
+    """At each radius, the share of images that network and committee name alike, and wrong.
+
+    ``convincing`` is of all that were attacked; ``fooled`` the share that the network names wrong,
+    whatever the committee says. At equal radii networks can be compared whose adversarial images
+    differ in length otherwise.
+    """
+    council: Committee = sample.settings["committee"]
+    y = sample.y[sample.attacked].cpu()
+    shares: dict[str, list[float]] = {"fooled": [], "convincing": []}
+    for points in sample.points:
+        said = _outputs(sample.model, points).argmax(dim=1).cpu()
+        wrong = said != y
+        alike = wrong & (council.answers(points) == said)
+        for name, flags in (("fooled", wrong), ("convincing", alike)):
+            shares[name].append(float(flags.double().mean()))
+    return {"eps": list(sample.eps or []), **shares}
+
+
 @torch.no_grad()
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([model(part) for part in x.split(CHUNK)])
@@ -445,5 +464,6 @@ MEASURES: dict[str, Callable[[Sample], Named]] = {
         relative,
         single_step,
         judged,
+        convincing,
     )
 }

@@ -83,6 +83,25 @@ def test_judges_see_what_the_committee_says_of_fooled_images():
     assert (got["change-a"], got["change-b"], got["right-on-clean"]) == (0.75, 0, 1)
 
 
+def test_convincing_are_images_that_network_and_committee_name_alike_and_wrong():
+    """Three members that know the sum of the values; points at sums on both sides of 1."""
+    x = torch.tensor([0.1, 0.2, 0.7, 0.9]).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    y = torch.tensor([0, 0, 1, 1])
+    near = torch.tensor([0.1, 0.3, 0.2]).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    far = torch.tensor([0.3, 0.4, 0.1]).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    attacked = torch.tensor([True, True, True, False])
+
+    def strict(z):  # says 1 above a sum of 1.5 only
+        return torch.where(z.flatten(1).sum(1) > 1.5, 1, 0)
+
+    council = Committee(dict.fromkeys("abc", strict))
+    given = {"committee": council}
+    got = MEASURES["convincing"](Sample(plane(), x, y, attacked, [near, far], [0.1, 0.2], given))
+    assert got["eps"] == [0.1, 0.2]
+    assert got["fooled"] == pytest.approx([2 / 3, 1])
+    assert got["convincing"] == pytest.approx([1 / 3, 2 / 3])
+
+
 def test_portraits_are_of_each_class_the_first_image(thesis):
     thesis.content["attacks"]["shown"] = thesis.content["attacks"]["own"] | {
         "images": 60,
