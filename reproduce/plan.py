@@ -242,11 +242,14 @@ class Plan:
                 attack = _entry(paper, "attacks", pairs["attack"]).items()
                 own_of_tests = ("uses", "images", "measures")
                 shown["pairs"]["attack"] = {k: v for k, v in attack if k not in own_of_tests}
+        training = own["training"] | defense.get("training", {})
+        if critic:  # has rates and options of its own
+            training = {name: training[name] for name in ("epochs", "batch_size")}
         return shown | {
             "data": network.dataset,
             "model": own["model"] | defense.get("model", {}),
             "loss": loss,
-            "training": own["training"] | defense.get("training", {}),
+            "training": training,
             "seed": network.seed,
         }
 

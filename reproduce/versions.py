@@ -1,8 +1,9 @@
 """Which version of the code a result comes from: digests of functions with all that they call.
 
-A digest is of the syntax, without comments, docstrings and layout. It covers a function or class,
-and, of this repository, the functions, classes and constants that it names, theirs, and so on. So
-it changes when the computation may have changed, and not when its neighbors or words have.
+A digest is of the syntax, without comments, docstrings and layout, and the same for all versions of
+Python. It covers a function or class, and, of this repository, the functions, classes and constants
+that it names, theirs, and so on. So it changes when the computation may have changed, and not when
+its neighbors or words have.
 """
 
 import ast
@@ -54,13 +55,29 @@ def digest(name: str) -> str:
     Raises:
         ValueError: there is no such definition.
     """
-    texts = sorted(ast.unparse(statement) for _, statement in _closure(name))
+    texts = sorted(repr(_shape(statement)) for _, statement in _closure(name))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 def files(name: str) -> set[Path]:
     """The files that hold a definition and everything in this repository that it uses."""
     return {path for module, _ in _closure(name) if (path := _path(module)) is not None}
+
+
+def _shape(node: object) -> object:
+    """Syntax as nested tuples, the same for all versions of Python.
+
+    Versions differ in how they print syntax (the quotes in f-strings), and in fields that are empty
+    where a feature isn't used.
+    """
+    if isinstance(node, ast.AST):
+        fields = (
+            (name, _shape(value))
+            for name, value in ast.iter_fields(node)
+            if value not in (None, []) and name not in ("ctx", "kind", "type_comment")
+        )
+        return type(node).__name__, *fields
+    return tuple(map(_shape, node)) if isinstance(node, list) else repr(node)
 
 
 @cache

@@ -1,5 +1,6 @@
 """A digest changes with the code that a function uses, and with nothing else."""
 
+import ast
 import shutil
 
 import pytest
@@ -66,6 +67,23 @@ def test_words_and_neighbors_do_not_count(digests):
     assert before == digests(MAIN.replace("What it does.", "It does more.").replace("  # plus", ""))
     assert before == digests(MAIN + "\ndef fourth(x):\n    return x\n")
     assert len(set(before.values())) == 5
+
+
+def test_empty_fields_that_a_newer_python_adds_do_not_count():
+    node = ast.parse("def f(x):\n    return f'{x}'").body[0]
+
+    class FunctionDef(ast.FunctionDef):
+        _fields = (*ast.FunctionDef._fields, "newer", "older")
+
+    fields = {name: getattr(node, name) for name in node._fields}
+    assert versions._shape(FunctionDef(**fields, newer=[], older=None)) == versions._shape(node)
+    used = FunctionDef(**fields, newer=[ast.Name("T")], older=None)
+    assert versions._shape(used) != versions._shape(node)
+
+
+def test_none_and_an_empty_list_are_told_apart_from_nothing():
+    shapes = [versions._shape(ast.parse(f"return {text}")) for text in ("", "None", "[]", "[None]")]
+    assert len(set(map(repr, shapes))) == 4
 
 
 def test_what_is_used_counts_however_far_away(digests):
