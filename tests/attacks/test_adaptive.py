@@ -122,6 +122,20 @@ def test_damping_and_iterations_do_what_they_say(scene):
     assert (nothing.products, nothing.gradient.abs().max()) == (0, 0)
 
 
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-3, 1e-6])
+def test_conjugate_gradients_go_on_to_the_tolerance_and_no_further(tolerance):
+    """In 30 dimensions, where they don't end by themselves before."""
+    bends = torch.linspace(1, 30, 30, dtype=torch.float64)
+    inner = lambda z, x: 0.5 * (bends * z * z).sum(dim=1) - (z * x).sum(dim=1)  # noqa: E731
+    x, v = inputs(1, 30), inputs(1, 30, seed=3)
+    rule = {"tolerance": tolerance}
+    found = implicit_gradient(inner, x / bends, x, v, **rule)
+    assert found.residual.item() <= tolerance
+    early = implicit_gradient(inner, x / bends, x, v, iterations=found.products - 1, **rule)
+    assert early.residual.item() > tolerance
+    assert (found.gradient - v / bends).norm() <= tolerance * v.norm()
+
+
 def test_indefinite_problems_are_told():
     H = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
     inner = lambda z, x: 0.5 * ((z @ H) * z).sum(dim=1) - (z * x).sum(dim=1)  # noqa: E731
@@ -399,6 +413,16 @@ def test_the_search_finds_the_nearest_point_of_a_half_space(update):
     assert torch.all(found < slack * distance + 0.01)
 
 
+def test_sign_steps_grow_linearly_to_their_last():
+    net, x = affine(2, 5), inputs(6, 5)
+    y, seen = net(x).argmax(dim=1), []
+    rule = {"steps": 10, "rounds": 1, "lr": 0.05, "update": "sign", "bounds": WIDE}
+    distortion_search(net, x, y, observe=lambda _, s: seen.append(s["x_adv"]), **rule)
+    moves = torch.stack([(b - a).abs().amax(dim=1) for a, b in pairwise(seen)])
+    lengths = 0.05 * torch.arange(1, 10, dtype=torch.float64) / 10
+    assert torch.allclose(moves, lengths[:, None].expand(9, 6), atol=1e-12)
+
+
 def test_what_is_not_verified_does_not_count():
     net, x = affine(2, 5), inputs(6, 5)
     y = net(x).argmax(dim=1)
@@ -533,6 +557,39 @@ def test_the_search_on_the_surface_stays_in_the_box_and_tells_its_distance(flat)
     assert torch.allclose(parts["decode"](seen[0]["codes"]), parts["decode"](parts["encode"](x)))
 
 
+def test_what_the_search_on_the_surface_returns_is_in_the_box():
+    """The nearest code is outside: its first value is 1 + 1/40, and that of the input ends at 1."""
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    net = affine(
+        2, 2, weight=ones * torch.tensor([[-1.0], [1.0]]), bias=torch.tensor([1.65, -1.65])
+    )
+    x, y = torch.tensor([[0.9, 0.5]], dtype=torch.float64), torch.tensor([0])
+    rule = SURE | {"bounds": (0.0, 1.0)}
+    x_adv = surface_search(
+        net, x, y, encode=torch.clone, decode=torch.clone, classifier=net, **rule
+    )
+    assert margin(net(x_adv), y) < 0
+    assert x_adv[0, 0] == 1
+    assert 0.65 < x_adv[0, 1] < 0.8
+
+
+def test_only_confidently_wrong_codes_count_on_the_surface(flat):
+    defense, x, y, _, parts = flat
+    seen = []
+    rule = SURE | {"confidence": 1.0, "steps": 60, "rounds": 3}
+    surface_search(defense, x, y, observe=lambda _, s: seen.append(s), **rule, **parts)
+    made, nearest = parts["decode"](parts["encode"](x)), torch.full((5,), math.inf).double()
+    hesitant = torch.zeros(5, dtype=torch.bool)
+    for state in seen:
+        m = margin(state["logits"], y)
+        far = (parts["decode"](state["codes"]) - made).norm(dim=1)
+        nearest = torch.where(m <= -1.0, torch.minimum(nearest, far), nearest)
+        hesitant |= (m < 0) & (m > -1.0) & (far < nearest)
+        assert torch.allclose(state["distance"], nearest)
+    assert bool(hesitant.any()), "nearer ones were wrong, but not confidently"
+    assert bool((nearest < math.inf).any())
+
+
 def test_the_walk_goes_straight_and_is_bisected():
     goals = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.9]], dtype=torch.float64)
     net = affine(3, 2, weight=2 * goals, bias=-goals.square().sum(dim=1))  # the nearest goal
@@ -556,6 +613,20 @@ def test_the_walk_goes_straight_and_is_bisected():
     share = (near - x).norm(dim=1) / (x_adv - x).norm(dim=1)
     back = x + (share - 2**-10)[:, None] * (x_adv - x)
     assert torch.all(net(back).argmax(dim=1) == y), "a step less and the label is back"
+
+
+def test_a_walk_toward_images_outside_the_bounds_stays_inside():
+    net = affine(2, 2, weight=torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), bias=torch.zeros(2))
+    x, y = torch.tensor([[-0.5, 0.0]], dtype=torch.float64), torch.tensor([0])
+    images = torch.tensor([[-1.0, 0.0], [3.0, -5.0]], dtype=torch.float64)
+    seen = []
+    rule = {"eta": 0.5, "every": 99, "steps": 9, "halvings": 0, "bounds": (-1.0, 1.0)}
+    x_adv = latent_walk(
+        net, x, y, explain=lambda p: (net(p), images.expand(len(p), 2, 2)),
+        observe=lambda _, s: seen.append(s["x_adv"]), **rule,
+    )  # fmt: skip
+    assert torch.equal(x_adv, torch.tensor([[1.0, -1.0]], dtype=torch.float64))
+    assert torch.equal(seen[-1], x_adv)
 
 
 def test_the_share_of_a_long_walk_stops_at_one():

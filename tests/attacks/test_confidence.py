@@ -49,6 +49,8 @@ def test_step_is_limited_leads_back_and_is_zero_without_gradient():
     assert torch.allclose(r, torch.tensor([[0.6, 0.8], [-0.6, -0.8], [0.0, 0.0]]))
     r = confidence_step(torch.tensor([-5.0]), w[:1], torch.tensor([0.0]), max_step=0.5)
     assert torch.allclose(r, torch.tensor([[0.3, 0.4]]))
+    r = confidence_step(torch.tensor([0.0]), w[:1], torch.tensor([-5.0]), max_step=0.5)
+    assert torch.allclose(r, torch.tensor([[-0.3, -0.4]])), "steps back are limited, too"
 
 
 # the attack

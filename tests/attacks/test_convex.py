@@ -155,6 +155,32 @@ def test_a_wrong_label_has_a_negative_radius_and_a_flat_model_an_infinite_one():
     assert bool(margin_radius(flat, x, y, nearest=True).isinf().all())
 
 
+@pytest.mark.parametrize("nearest", [False, True])
+def test_a_radius_is_that_of_the_model_in_evaluation_mode(nearest):
+    net, x = affine(3, 8), inputs(6, 8)
+    y = net(x).argmax(dim=1)
+    model = nn.Sequential(nn.Dropout(), net).train()
+    radius = margin_radius(model, x, y, nearest=nearest)
+    assert torch.equal(radius, margin_radius(net, x, y, nearest=nearest))
+    assert all(part.training for part in (model, model[0]))
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+@pytest.mark.parametrize(
+    ("x", "y", "error", "says"),
+    [
+        (inputs(2, 4) + 1, [0, 1], ValueError, "bounds"),
+        (inputs(2, 4) * math.nan, [0, 1], ValueError, "NaN"),
+        (inputs(2, 4), [0, 3], ValueError, r"0\.\.2"),
+        (inputs(2, 4), [0, 1, 2], ValueError, "label for each"),
+        (inputs(2, 4), [0.0, 1.0], TypeError, "int64"),
+    ],
+)
+def test_a_radius_of_bad_input_is_refused(nearest, x, y, error, says):
+    with pytest.raises(error, match=says):
+        margin_radius(affine(3, 4), x, torch.tensor(y), nearest=nearest)
+
+
 # known attacks are settings of one
 
 
@@ -256,6 +282,20 @@ def test_the_dither_moves_the_expansion_point_only():
     plain = gnm(model, x, y, **args)
     assert torch.equal(gnm(model, x, y, dither=0.3, **args), plain)
     assert x_adv.shape == plain.shape
+
+
+def test_the_model_is_asked_inside_the_bounds_only():
+    net, asked = affine(3, 6), []
+    x, y = inputs(8, 6).round(), torch.arange(8) % 3  # at corners an offset leaves the box
+
+    def model(z):
+        asked.append(z.detach())
+        return net(z)
+
+    gnm(model, x, y, eps=0.2, steps=2, dither=(0.5, 0.3), bounds=(0.0, 1.0))
+    dithered = torch.cat(asked[1:])  # the first is a look at the first sample
+    assert 0 <= dithered.min() <= dithered.max() <= 1
+    assert bool(((dithered > 0) & (dithered < 1)).any())
 
 
 def test_a_number_dithers_the_first_step_only():

@@ -140,6 +140,17 @@ def test_pgd_is_its_formula(digits):
         assert np.allclose(logits, state["logits"], atol=1e-9)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_pgd_s_steps_share_two_and_a_half_radii_by_default(norm):
+    model, x, y = affine(5, 12), inputs(6, 12), torch.arange(6) % 5
+    given = {"eps": 0.3, "norm": norm, "steps": 7, "bounds": WIDE}
+    paths = {}
+    for name, more in (("default", {}), ("explicit", {"step_size": 2.5 * 0.3 / 7})):
+        seen = paths[name] = []
+        pgd(model, x, y, observe=lambda _, s, seen=seen: seen.append(s["x_adv"]), **given, **more)
+    assert torch.equal(torch.stack(paths["default"]), torch.stack(paths["explicit"]))
+
+
 def test_fgsm_under_linf_is_clipped_signs(digits):
     model, x, y = digits
     states = []
@@ -318,6 +329,14 @@ def test_noise_keeps_the_worst_draw(digits):
         one = random_noise(model, x, y, eps=0.3, draws=1)
     assert torch.equal(one, draws[0])
     assert len(draws) == 6
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_random_noise_is_as_long_as_allowed_by_default(norm):
+    """As an attack is that it is compared with: in many dimensions a ball is not much shorter."""
+    model, x, y = affine(3, 2), inputs(30, 2), torch.arange(30) % 3
+    x_adv = random_noise(model, x, y, eps=0.3, norm=norm, bounds=WIDE)
+    assert np.allclose(lengths(x_adv - x, norm), 0.3, atol=1e-12)
 
 
 def test_sparse_step_takes_the_largest_entries_with_room():

@@ -155,6 +155,28 @@ def test_noise_is_weaker_and_as_long(scene):
     assert torch.allclose(code.abs(), torch.full_like(code, 0.7))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_noise_has_the_law_and_the_seed_asked_for(scene, norm):
+    model, x, y, manifold = scene
+    order = {"linf": math.inf, "l2": 2.0}[norm]
+
+    def shift(**settings):
+        seen = []
+        latent_noise(model, x, y, manifold=manifold, eps=0.7, norm=norm, bounds=WIDE,
+                     observe=lambda _, s: seen.append(s["z"]), **settings)  # fmt: skip
+        return seen[0] - manifold.encode(x, y)
+
+    sign, sphere, ball = (shift(kind=kind) for kind in ("sign", "sphere", "ball"))
+    sizes = [torch.linalg.norm(z, ord=order, dim=1) for z in (sign, sphere, ball)]
+    assert torch.allclose(torch.stack(sizes[:2]), torch.tensor(0.7).double())
+    assert (sizes[2] < 0.7).all()
+    assert torch.allclose(sign.abs(), sign.abs()[:1, :1].expand_as(sign))
+    assert sphere.abs().std(dim=1).min() > 0.01
+    for kind in ("sign", "sphere", "ball"):
+        assert torch.equal(shift(kind=kind, seed=3), shift(kind=kind, seed=3))
+        assert not torch.equal(shift(kind=kind, seed=3), shift(kind=kind, seed=4))
+
+
 @pytest.fixture(scope="module")
 def digits():
     test = data.load("digits").test

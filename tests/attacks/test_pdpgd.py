@@ -325,6 +325,37 @@ def test_the_multiplier_falls_outside_and_grows_inside():
     assert bool((lam[1:] < lam[:-1])[1:].all())
 
 
+@pytest.mark.parametrize(
+    ("decay", "sizes"), [("linear", np.linspace), ("exponential", np.geomspace)]
+)
+def test_step_sizes_decay_as_told(decay, sizes):
+    """The gradient never changes, the penalty does nothing: Adam's steps are a g / rms(g)."""
+    model, x, y = affine(2, 4, bias=torch.tensor([40.0, 0.0])), inputs(2, 4), torch.tensor([0, 0])
+    nothing = Regularizer(lambda d: d.abs().sum(dim=1), lambda u, lam: u)
+    rules = Settings(step=(1e-3, 1e-5), decay=decay, gain=None, scout=False, adapt=False)
+    given = {"norm": nothing, "steps": 31, "settings": rules, "bounds": WIDE}
+    _, seen = watched(pdpgd, model, x, y, **given)
+    points = torch.stack([state["x_adv"] for _, state in seen[1:]])
+    g = model.weight[0] - model.weight[1]
+    a = (WIDE[1] - WIDE[0]) * torch.from_numpy(sizes(1e-3, 1e-5, 30))[:-1, None]
+    expected = -a * g / g.square().mean().sqrt()
+    assert torch.allclose(points[1:] - points[:-1], expected[:, None].expand(29, 2, 4), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("inner", "calls"), [(0, 1), (1, 1), (4, 4)])
+def test_each_pass_of_the_game_makes_as_many_inner_steps_as_told(inner, calls):
+    model, x, made = affine(3, 10), inputs(5, 10), []
+    y = model(x).argmax(1)
+    mine = Regularizer(lambda d: d.abs().sum(dim=1), lambda u, lam: made.append(lam) or u)
+    rules = Settings(step=(0.2, 0.2), inner=inner, adapt=False, scout=False)
+    counts = []
+    for steps in (4, 9):
+        made.clear()
+        pdpgd(model, x, y, norm=mine, steps=steps, settings=rules)
+        counts.append(len(made))
+    assert counts[1] - counts[0] == 5 * calls
+
+
 @pytest.mark.parametrize("restarts", [0, 2])
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 100, 241])
 @pytest.mark.parametrize("choice", ["recommended", "thesis"])
@@ -447,6 +478,18 @@ def test_logits_that_are_not_finite_are_an_error():
 
     with pytest.raises(ValueError, match="not finite"):
         pdpgd(lambda z: model(z) / (z[:1].sum() != 2.0).logical_not(), x, y, steps=20)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_on_the_way_are_an_error(bad):
+    net, x = affine(3, 4), inputs(1, 4)
+    y = net(x).argmax(1)
+
+    def model(z):
+        return torch.where((z == x).all(dim=1, keepdim=True), net(z), bad + 0 * net(z))
+
+    with pytest.raises(ValueError, match="not finite on some"):
+        pdpgd(model, x, y, norm="l2", steps=40)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,31 @@ def test_the_weight_is_searched_for_each_sample(digits):
     assert len(set(weights[-1].tolist())) > 5
 
 
+def test_lbfgs_bisects_the_logarithm_of_the_weight():
+    """Tenfold until one succeeds; then the geometric mean, a hundredth standing for a zero."""
+    model, x = affine(3, 6), inputs(4, 6)
+    y, turns = model(x).argmax(1), set()
+    for first in (1e-2, 1e3):
+        seen = []
+        lbfgs(model, x, y, steps=400, searches=8, weight=first, bounds=WIDE,
+              observe=lambda _, state, seen=seen: seen.append(state))  # fmt: skip
+        for i in range(4):
+            mine = [state for state in seen if int(state["index"]) == i]
+            label, tried = y[i : i + 1], {}  # weights in the order of their first pass
+            for state in mine:
+                hit = bool(is_adversarial(state["logits"], label))
+                c = float(state["weight"])
+                tried[c] = tried.get(c, False) or hit
+            assert len(tried) == 8
+            low, high, expected = 0.0, math.inf, first
+            for c, success in tried.items():
+                assert c == pytest.approx(expected, rel=1e-5)
+                low, high = (low, c) if success else (c, high)
+                turns.add((success, low > 0))
+                expected = 10 * c if math.isinf(high) else math.sqrt(max(low, high / 100) * high)
+    assert turns == {(True, True), (True, False), (False, True)}
+
+
 def test_confidence_keeps_a_margin(digits):
     model, x, y = digits[0], digits[1][:20], digits[2][:20]
     x_adv = carlini_wagner(model, x, y, confidence=1.0, **SHORT[carlini_wagner])
@@ -125,6 +150,18 @@ def test_confidence_keeps_a_margin(digits):
     moved = (x_adv != x).flatten(1).any(1)
     assert float(moved.float().mean()) > 0.9
     assert bool((m[moved] < -1).all())
+
+
+def test_confidence_keeps_a_margin_of_the_target(digits):
+    model, x, y = digits[0], digits[1][:10], digits[2][:10]
+    target = (y + 3) % 10
+    options = {"steps": 300, "searches": 3, "weight": 1.0, "lr": 0.05}
+    x_adv = carlini_wagner(model, x, target, confidence=1.0, targeted=True, **options)
+    with torch.no_grad():
+        m = margin(model(x_adv), target)
+    moved = (x_adv != x).flatten(1).any(1)
+    assert float(moved.float().mean()) > 0.9
+    assert bool((m[moved] > 1).all())
 
 
 def test_passes_are_counted(digits):

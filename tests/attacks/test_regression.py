@@ -201,6 +201,15 @@ def test_restarts_are_never_worse(autoencoder):
     assert bool((values[1] > values[0]).any())
 
 
+@pytest.mark.parametrize("restarts", [1, 2, 4])
+def test_restarts_count_the_run_without_a_random_direction(curved, restarts):
+    """The singular vector and its opposite, each also climbed from; and one solution for each."""
+    model, x, y = curved
+    seen = []
+    quadratic(model, x, y, eps=EPS, restarts=restarts, observe=lambda _, s: seen.append(s))
+    assert sum("error" in state for state in seen) == 4 + restarts - 1
+
+
 def test_observe_follows_the_power_iteration(curved):
     model, x, y = curved
     seen = []
@@ -321,6 +330,19 @@ def test_linear_stays_in_ball_and_box(curved, norm, accumulate):
     assert bool((length(x_adv - x, norm) <= 0.6 + 1e-12).all())
     assert 0 <= x_adv.min() <= x_adv.max() <= 1
     assert bool((error(model, x_adv, at=x) > 0).all())
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_linear_is_first_linearized_anywhere_in_the_ball(curved, accumulate):
+    model, x, _ = curved
+    points = []
+    for dither in (None, EPS):
+        seen = []
+        linear(model, x, eps=EPS, accumulate=accumulate, dither=dither, bounds=WIDE,
+               observe=lambda _, s, seen=seen: seen.append(s["point"]))  # fmt: skip
+        points.append(seen[0])
+    assert torch.equal(*points)
+    assert EPS / 2 < float((points[0] - x).abs().max()) <= EPS
 
 
 def test_full_steps_are_power_iteration():

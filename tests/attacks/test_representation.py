@@ -76,6 +76,22 @@ def test_what_is_kept_is_the_best_point_seen(digits):
     assert (gap(encoder, x_adv, code) <= least + 1e-5).all()
 
 
+def test_the_point_after_the_last_step_counts():
+    x, target = inputs(3, 8), inputs(3, 8, seed=2)
+    given = {"eps": 0.2, "steps": 1, "step_size": 0.2, "random_start": False}
+    x_adv = match(nn.Identity(), x, target, **given)
+    way = target - x
+    assert torch.allclose(x_adv, x + 0.2 * way / way.norm(dim=1, keepdim=True), atol=1e-12)
+
+
+def test_an_encoder_in_training_mode_is_used_in_evaluation_mode():
+    encoder, x, target = affine(6, 15), inputs(4, 15), inputs(4, 15, seed=5)
+    code, noisy = encoder(target), nn.Sequential(nn.Dropout(), encoder).train()
+    given = {"eps": 0.3, "steps": 5, "bounds": WIDE}
+    assert torch.equal(match(noisy, x, code, **given), match(encoder, x, code, **given))
+    assert all(part.training for part in (noisy, noisy[0]))
+
+
 def test_no_budget_and_no_distance(digits):
     encoder, x = digits
     code = encoder(x).detach()

@@ -340,6 +340,29 @@ def test_l0_counts_the_pixels_that_the_solver_opened(monkeypatch):
     assert (result.lower, result.upper, result.optimal) == (best.lower, best.upper, True)
 
 
+@pytest.mark.parametrize("kind", ["linf", "l1", "l0"])
+def test_programs_admit_the_boundary_and_a_little_before_it(kind, monkeypatch):
+    """By SAFETY, in units of the largest weight: rounding must not shut a solution out."""
+    model = nn.Linear(2, 2)
+    model.weight.data = torch.tensor([[4.0, 1.0], [0.0, 0.0]])
+    model.bias.data = torch.tensor([-1.0, 0.0])
+    x, solve, seen = torch.tensor([0.5, 0.0]), exact.milp, []  # the margin is 1 + 4 d_0 + d_1
+
+    def noting(cost, **call):
+        seen.append(call)
+        return solve(cost, **call)
+
+    monkeypatch.setattr(exact, "milp", noting)
+    monkeypatch.setattr(exact._Search, "approach", lambda self, targets: dict.fromkeys(targets, 1))
+    result = minimal_perturbation(model, x, 0, norm=kind)
+    assert result.upper == pytest.approx(1 if kind == "l0" else 0.25, rel=1e-4)
+    unit = 0.5 / seen[0]["bounds"][1][0]  # of the variables: 0.5 is how far d_0 may grow
+    rows = seen[0]["constraints"]  # the last: -(d_0 + d_1 / 4) / unit >= 1 / (4 unit)
+    last = rows.A.toarray()[-1]
+    assert sorted({*np.abs(last)} - {0.0}) == [0.25, 1.0]
+    assert rows.lb[-1] == pytest.approx(0.25 / unit - exact.SAFETY, abs=1e-12)
+
+
 @pytest.mark.parametrize("kind", NORMS)
 def test_points_that_the_network_denies_prove_nothing_either(kind, monkeypatch):
     """Rounding could deny each point at the boundary: then their distances bound from below."""

@@ -4,6 +4,7 @@ import cvxpy as cp
 import pytest
 import torch
 
+from adv.theory import relu_encoder
 from adv.theory.relu_encoder import _pattern, encode, hidden_attack, input_attack
 
 LAM = 0.05
@@ -106,6 +107,28 @@ def test_more_starts_are_never_worse_and_kinks_occur():
     more = [input_attack(*case, lam=LAM, starts=3) for case in cases]
     assert all(b.value <= a.value for a, b in zip(few, more, strict=True))
     assert any(bool(attack.kink.any()) for attack in more)
+
+
+def test_the_first_start_is_the_source_and_the_seed_draws_the_others(monkeypatch):
+    case, descend, begun = problem(20, 40, 8, seed=0), relu_encoder._descend, []
+
+    def noting(d, phi, x_s, code, lam, w):
+        begun.append(w)
+        return descend(d, phi, x_s, code, lam, case[2])  # quickly; where from plays no part here
+
+    monkeypatch.setattr(relu_encoder, "_descend", noting)
+
+    def starts(seed):
+        begun.clear()
+        input_attack(*case, lam=LAM, starts=3, seed=seed)
+        return torch.stack(begun)
+
+    first, other = starts(1), starts(2)
+    assert first.shape == (3, 20)
+    assert torch.equal(first[0], case[2])
+    assert torch.equal(other[0], case[2])
+    assert len({tuple(w.tolist()) for w in (*first, *other[1:])}) == 5
+    assert torch.equal(first, starts(1))
 
 
 def test_one_layer_without_kinks_is_the_linear_attack():

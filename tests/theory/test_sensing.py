@@ -68,6 +68,16 @@ def test_samples_have_the_patterns_and_the_amplitudes():
     assert torch.equal(x, SIGNALS.sample(500, seed=3))
 
 
+def test_another_seed_is_another_draw():
+    for draw in (
+        lambda seed: FourierSignals(seed=seed).supports,
+        lambda seed: SIGNALS.sample(9, seed),
+        lambda seed: gaussian_encoder(3, 5, seed),
+    ):
+        assert torch.equal(draw(4), draw(4))
+        assert not torch.equal(draw(4), draw(5))
+
+
 @pytest.mark.parametrize(
     "bad", [{"size": 27}, {"size": 0}, {"active": 0}, {"active": 29}, {"patterns": 0}]
 )
