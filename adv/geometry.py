@@ -87,22 +87,26 @@ def norm(delta: Float[Tensor, "B ..."], kind: Norm) -> Float[Tensor, " B"]:
         delta: (B, ...) perturbations.
         kind: ``"l0"`` or whatever ``exponent`` takes.
 
+    Returns:
+        (B,) of the dtype of ``delta``; counts of half precision are float32, which holds them.
+
     Source: chapter ``geometry``.
     """
     flat = _flat(delta)
     if kind == "l0":
-        return (flat != 0).sum(dim=1).to(delta.dtype)
+        return (flat != 0).sum(dim=1).to(_counting(delta))
     return _length(flat, exponent(kind)).squeeze(1).to(delta.dtype)
 
 
 def pixels(delta: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
     """How many pixels of each sample change: those with any channel of (B, C, H, W) nonzero.
 
-    Tensors of any other number of axes have no channels: there each value is a pixel.
+    Tensors of any other number of axes have no channels: there each value is a pixel. Counts of
+    half precision are float32, which holds them.
     """
     _flat(delta)
     changed = (delta != 0).any(dim=1) if delta.ndim == 4 else delta != 0
-    return changed.flatten(1).sum(dim=1).to(delta.dtype)
+    return changed.flatten(1).sum(dim=1).to(_counting(delta))
 
 
 def dual_norm(g: Float[Tensor, "B ..."], kind: Norm) -> Float[Tensor, " B"]:
@@ -249,6 +253,8 @@ def linear_oracle(
         raise ValueError(f"steps within a box are for 'linf', 'l2' and 'l1', not {kind!r}")
     # So far along g that every entry meets its bound: the projection walks back to the ball.
     ratio = torch.where(flat != 0, cap / _nonzero(far.abs()), 0.0).amax(dim=1, keepdim=True)
+    # Finite: an entry too small to be carried to its bound gains nothing, and inf * 0 is NaN.
+    ratio = torch.minimum(ratio, torch.finfo(flat.dtype).max / 4 / radius.clamp_min(1))
     return _like(project_l2(ratio * far, eps, box=limits), g)
 
 
@@ -593,6 +599,11 @@ def _clip(flat: Tensor, box: Box | None) -> Tensor:
 def _nonzero(x: Tensor) -> Tensor:
     """A divisor: 1 where ``x`` is 0."""
     return torch.where(x == 0, 1.0, x)
+
+
+def _counting(delta: Tensor) -> torch.dtype:
+    """The dtype of counts: half precision would round them, or end at 65504."""
+    return torch.promote_types(delta.dtype, torch.float32)
 
 
 def _length(flat: Tensor, p: float) -> Tensor:

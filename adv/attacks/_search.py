@@ -107,11 +107,11 @@ class Search:
         x_adv = (self.x + delta).clamp_(*self.bounds)
         m: list[Tensor] = []
 
-        def value(logits: Tensor, y: Tensor) -> Tensor:
+        def climb(logits: Tensor, y: Tensor) -> Tensor:
             m.append(_margin(logits, y, rival, self.targeted))
             return m[0]
 
-        logits, gradient = loss_gradient(self.model, x_adv, self.y, value)
+        logits, gradient = loss_gradient(self.model, x_adv, self.y, climb)
         self.left -= 1
         self.finite &= logits.isfinite().all()
         size = self.h.value(delta)
@@ -119,7 +119,9 @@ class Search:
         self.best.update(x_adv, size, hit)
         gradient = self.watch.see(gradient, hit)
         reached = torch.where(hit, size, math.inf)
-        return Seen(x_adv, logits, m[0].detach(), gradient, size, reached)
+        # Steps are taken in the precision of x, whatever that of the logits.
+        logits, value = (part.to(x_adv.dtype) for part in (logits, m[0].detach()))
+        return Seen(x_adv, logits, value, gradient, size, reached)
 
     def tell(self, seen: Seen, phase: str, **known: Tensor) -> None:
         """Report the pass just made."""
@@ -147,7 +149,7 @@ class Search:
         delta = crossing(g, gap, self.h.shape, box=self.box)
         distance = self.h.value(delta)
         if self.h.counts:  # equal counts are told apart by the l1 distance
-            distance = distance + 1e-3 * delta.flatten(1).abs().sum(dim=1)
+            distance = distance + 1e-3 / self.width * delta.flatten(1).abs().sum(dim=1)
         stuck = (g == 0).flatten(1).all(dim=1)
         return delta, torch.where(stuck, math.inf, distance)
 
@@ -195,7 +197,7 @@ class Search:
     def finish(self) -> Tensor:
         """The nearest adversarial points, in the order of the inputs."""
         self.check()
-        self.watch.report("pdpgd()")
+        self.watch.report("pdpgd()", 4)
         if self.rows is None:
             return self.best.x_adv
         x_adv = self.given.clone()

@@ -79,8 +79,6 @@ Explain = Callable[[Tensor], tuple[Tensor, Tensor]]
 Decode = Callable[[Tensor], Tensor]
 """Codes to the inputs that a generator makes of them."""
 
-CEILING = 1e9
-"""Weight from which on one counts as not yet having succeeded."""
 GROWTH = 10.0
 """Factor of a weight that has failed, as long as none has succeeded."""
 HEAVIEST = 1e15
@@ -186,6 +184,10 @@ def implicit_gradient(
     check_number("tolerance", tolerance)
     check_number("damping", damping)
     graph = _Graph(inner, z, x, v)
+    # Squares of small gradients would underflow. By a power of two nothing is rounded.
+    top = v.flatten(1).abs().amax(dim=1)
+    scale = torch.where(top > 0, top / (2 * top.frexp().mantissa), 1.0)
+    v = v / expand(scale, v)
     u, r, p = torch.zeros_like(v), v.clone(), v.clone()
     size, rr = _dot(v, v), _dot(v, v)
     active = rr > 0
@@ -207,7 +209,7 @@ def implicit_gradient(
         p = torch.where(expand(active, p), r + expand(new / rr, p) * p, p)
         rr = torch.where(active, new, rr)
     residual = _dot(r, r).sqrt() / size.sqrt().where(size > 0, 1.0)
-    return Implicit(graph.pull(u), residual, curvature, products)
+    return Implicit(graph.pull(expand(scale, u) * u), residual, curvature, products)
 
 
 def neumann_gradient(
@@ -311,13 +313,13 @@ class WarmStart:
         if first is None or last is None or not copies:
             self.x, self.first = x.clone(), self.solve(x).detach()
             self.last = self.first
-            return self.first
+            return self.first.clone()
         first, last = (z.repeat(copies, *[1] * (z.ndim - 1)) for z in (first, last))
         with torch.no_grad():
             better = self.inner(first, x) < self.inner(last, x)
         z = self.refine(torch.where(expand(better, first), first, last), x).detach()
         if copies == 1:
-            self.x, self.last = x.clone(), z
+            self.x, self.last = x.clone(), z.clone()
         return z
 
     def _copies(self, x: Tensor) -> int:
@@ -621,6 +623,8 @@ def distortion_search(
         steps: forward and backward passes of a round.
         rounds: weights tried.
         weight: the first $\lambda>0$, at most 1e15, where it stops growing.
+            Per squared unit of ``x``: under bounds (0, 255) it takes 255^2 times the weight it
+            takes under (0, 1).
         lr: Adam's step size, or the last step of ``"sign"``, in the units of ``x``.
         confidence: $\kappa\ge0$, in units of the logits.
         update: ``"adam"``, or ``"sign"``: a sign step that grows linearly to ``lr``.
@@ -647,10 +651,11 @@ def distortion_search(
     check_number("confidence", confidence)
     if update not in ("adam", "sign"):
         raise ValueError(f"update is 'adam' or 'sign', not {update!r}")
-    x, search = x.detach(), _Candidates(x.detach(), y, verify or model, confidence)
+    verify = model if verify is None else verify
+    x, search = x.detach(), _Candidates(x.detach(), y, verify, confidence)
     lam, low = x.new_full((len(x),), weight), x.new_zeros(len(x))
-    high, watch = torch.full_like(lam, CEILING), GradientWatch(x)
-    with eval_mode(model), eval_mode(verify or model):
+    high, watch = torch.full_like(lam, math.inf), GradientWatch(x)
+    with eval_mode(model), eval_mode(verify):
         for count in range(rounds):
             search.begin()
             x_adv, mover = x, _Mover(update, lr, steps, x)
@@ -675,7 +680,7 @@ def _reweighed(
     """The next weights: tenfold until one has succeeded, then halfway between the two ends."""
     low, high = torch.where(success, low, lam), torch.where(success, lam, high)
     grown = (GROWTH * lam).clamp_max(HEAVIEST)
-    return torch.where(high < CEILING, (low + high) / 2, grown), low, high
+    return torch.where(high < math.inf, (low + high) / 2, grown), low, high
 
 
 class _Mover:
@@ -773,6 +778,8 @@ def surface_search(
         steps: forward and backward passes of a round, through $f$ and $G$.
         rounds: weights tried.
         weight: the first $\lambda>0$, at most 1e15, where it stops growing.
+            Per squared unit of ``x``: under bounds (0, 255) it takes 255^2 times the weight it
+            takes under (0, 1).
         lr: Adam's step size, in the units of a code.
         confidence: $\kappa\ge0$, in units of the logits.
         reach: the largest $t>0$.
@@ -812,7 +819,7 @@ def surface_search(
                 f"decode makes {tuple(surface.made.shape)} of the codes, but x is {tuple(x.shape)}"
             )
         lam, low = x.new_full((len(x),), weight), x.new_zeros(len(x))
-        high, watch = torch.full_like(lam, CEILING), GradientWatch(start)
+        high, watch = torch.full_like(lam, math.inf), GradientWatch(start)
         for count in range(rounds):
             z, mover = start, _Mover("adam", lr, steps, start)
             success = torch.zeros_like(y, dtype=torch.bool)

@@ -140,5 +140,5 @@ def boundary_step(
     reachable = torch.where(distance < math.inf, distance, 0.0)
     chosen = reachable.argmax(dim=1) if targeted else distance.argmin(dim=1)
     direction = steepest(w[rows, chosen], norm)
-    length = reachable[rows, chosen]
+    length = reachable[rows, chosen].to(direction.dtype)
     return expand(-length if targeted else length, direction) * direction, distance

@@ -1,8 +1,8 @@
 """What every attack shares: margins, objectives, input gradients, checks, best-so-far.
 
-An attack is a function ``(model, x, y, *, ...) -> x_adv``. Axis 0 is the batch. Nothing here reads
-a flag back from the device inside a loop, or touches a parameter's ``.grad`` or the global random
-state.
+An attack is a function ``(model, x, y, *, ...) -> x_adv``. Axis 0 is the batch. Loops read a flag
+back from the device at most every 50th step (``settled``); nothing here touches a parameter's
+``.grad`` or the global random state.
 """
 
 import math
@@ -266,16 +266,22 @@ class GradientWatch:
         self.stuck |= (gradient == 0).flatten(1).all(dim=1) & ~self.done
         return gradient
 
-    def report(self, attack: str) -> None:
-        """Warn with a ``GradientMaskingWarning`` if any sample was ever stuck."""
+    def report(self, attack: str, depth: int = 3) -> None:
+        """Warn with a ``GradientMaskingWarning`` if any sample was ever stuck.
+
+        Args:
+            attack: what the warning calls it.
+            depth: how many calls up the warning points: 3 for the caller of the attack that calls
+                this.
+        """
         stuck = int(self.stuck.sum())
         if stuck:
             warnings.warn(
                 f"{attack}: the input gradient vanished for {stuck} of {len(self.stuck)} samples "
                 "that were not adversarial; its failures are no evidence of robustness "
-                "(try loss='margin', float64, or adv.attacks.adaptive)",
+                "(try float64, adv.attacks.adaptive or, of an attack with a loss, 'margin')",
                 GradientMaskingWarning,
-                stacklevel=3,
+                stacklevel=depth,
             )
 
 
@@ -416,7 +422,7 @@ def check_inputs(
         check_count(name, value)
     _check_placement(model, x)
     with torch.no_grad(), eval_mode(model):
-        logits = model(x[:1])
+        logits = model(x[:1].clone())  # lest layers that work in place change x
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model must return logits (B, K); for one sample it gave {given}")
@@ -460,7 +466,7 @@ def check_outputs(
         check_count(name, value)
     try:
         with torch.no_grad(), eval_mode(model):
-            out = model(x[:1])
+            out = model(x[:1].clone())
     except RuntimeError as error:
         raise ValueError(
             f"the model does not take x[:1], {x.dtype} of shape {tuple(x[:1].shape)} on "
@@ -488,7 +494,7 @@ def check_outputs(
 
 
 def check_range(x: Float[Tensor, "B ..."], bounds: Bounds) -> None:
-    """Raise unless ``x`` is a floating-point batch inside ``bounds``, to 1e-6.
+    """Raise unless ``x`` is a floating-point batch inside ``bounds``, to 1e-6 in its own units.
 
     Raises:
         TypeError: not a tensor of float32 or float64, or bounds that are not two numbers.
@@ -511,7 +517,7 @@ def check_range(x: Float[Tensor, "B ..."], bounds: Bounds) -> None:
         raise ValueError("x contains NaN")
     if smallest < low - 1e-6 or largest > high + 1e-6:
         raise ValueError(
-            f"x spans [{smallest:.6g}, {largest:.6g}], outside the bounds [{low:g}, {high:g}]; "
+            f"x spans [{smallest:.9g}, {largest:.9g}], outside the bounds [{low:g}, {high:g}]; "
             "rescale x, or say bounds=..."
         )
 

@@ -97,7 +97,8 @@ def high_confidence(
     generator(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps)
     check_number("overshoot", overshoot)
-    limit, x, watch, x_adv = _limit(max_step), x.detach(), GradientWatch(x), x.detach()
+    limit, x, watch = _limit(max_step), x.detach().clone(), GradientWatch(x)
+    x_adv = x
     exponent(norm)
     best = Best(x)
 
@@ -152,7 +153,7 @@ def confidence_step(
     """
     slope = dual_norm(w, norm)
     length = torch.where(slope > 0, (log_c - log_p) / torch.where(slope > 0, slope, 1.0), 0.0)
-    return expand(length.clamp(-max_step, max_step), w) * steepest(w, norm)
+    return expand(length.clamp(-max_step, max_step).to(w.dtype), w) * steepest(w, norm)
 
 
 def nearest_class(
@@ -255,7 +256,7 @@ def unrolled(
             log_p = _log_p(logits, target)
             (w,) = torch.autograd.grad(log_p.sum(), z, create_graph=True)
             going = going * indicator(log_p.exp(), c)
-            delta = delta + expand(going, w) * confidence_step(log_p, w, c.log(), norm)
+            delta = delta + expand(going.to(w.dtype), w) * confidence_step(log_p, w, c.log(), norm)
         return start + (1 + overshoot) * delta
 
 
@@ -312,7 +313,7 @@ def _log_confidence(
         )
     if not bool(((confidence > 0) & (confidence <= 1 + TOLERANCE)).all()):
         raise ValueError("confidence lies in (0, 1]: a probability that the target is to reach")
-    return confidence.detach().to(x.dtype).log().clamp_max(0.0)
+    return confidence.detach().to(x).log().clamp_max(0.0)
 
 
 def _limit(max_step: float | None) -> float:

@@ -147,11 +147,7 @@ def successive_linearization(
     check_number("eps", eps)
     check_count("steps", steps)
 
-    def tangent(z: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        value, gradient = input_gradient(objective, z)
-        return {"value": value}, gradient, torch.zeros_like(value, dtype=torch.bool)
-
-    name = "successive_linearization()"
+    tangent, name = _tangent(objective), "successive_linearization()"
     return _iterate(tangent, name, x, eps, norm, steps, dither, bounds, seed, observe)
 
 
@@ -209,7 +205,7 @@ def margin_radius(
 
     Returns:
         (B,) radii in the units of ``x``; negative where the margin is, infinite where the gradient
-        vanishes.
+        vanishes, NaN where it is.
 
     Raises:
         TypeError, ValueError: bad input, as ``check_inputs`` says.
@@ -227,7 +223,7 @@ def margin_radius(
             gap = logits[rows, y][:, None] - logits
             w = jacobian[rows, y][:, None] - jacobian
             slope = dual_norm(w.flatten(0, 1), norm).view_as(gap)
-    radius = torch.where(slope > 0, gap / slope, math.inf)
+    radius = torch.where(slope == 0, math.inf, gap / slope)
     if nearest:
         radius = radius.scatter(1, y[:, None], math.inf)
     return radius.amin(dim=1)
@@ -276,6 +272,16 @@ def ensemble(models: Sequence[Model], weights: Sequence[float] | None = None) ->
 # ----------------------------------------------------------------------------------- the iteration
 
 
+def _tangent(objective: Callable[[Tensor], Tensor]) -> Tangent:
+    """The linearization of an objective to maximize, with which no sample is ever done."""
+
+    def tangent(z: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        value, gradient = input_gradient(objective, z)
+        return {"value": value}, gradient, torch.zeros_like(value, dtype=torch.bool)
+
+    return tangent
+
+
 def _iterate(
     tangent: Tangent,
     name: str,
@@ -288,7 +294,10 @@ def _iterate(
     seed: int,
     observe: Observe | None,
 ) -> Tensor:
-    """Steps of length ``eps / steps``, each the best one for the tangent at a dithered point."""
+    """Steps of length ``eps / steps``, each the best one for the tangent at a dithered point.
+
+    To be called by what ``name`` is, at whose caller warnings point.
+    """
     radii, draws, watch = _radii(dither, steps), generator(seed), GradientWatch(x)
     boxed, x = exponent(norm) in (1.0, 2.0, math.inf), x.detach()
     x_adv = x
@@ -304,7 +313,7 @@ def _iterate(
         box = room(x_adv, bounds) if boxed else None
         move = linear_oracle(gradient, norm, eps / steps, box=box)
         x_adv = (x_adv + move).clamp(*bounds)
-    watch.report(name)
+    watch.report(name, 4)
     return x_adv
 
 

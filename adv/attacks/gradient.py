@@ -64,7 +64,8 @@ def fgsm(
         y: (B,) true labels, or targets where ``targeted``.
         eps: radius of the ball, >= 0, in the units of ``x``.
         norm: the ball: ``"linf"``, ``"l2"``, ``"l1"`` or any number $p\ge1$.
-        loss: what grows as samples stop looking like ``y``: ``"ce"``, ``"margin"`` or a function.
+        loss: what grows as samples stop looking like ``y``: ``"ce"``, ``"margin"``, ``"score"``
+            (minus the label's logit) or a function.
         targeted: descend the loss of the targets instead.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn; every attack takes one.
@@ -131,10 +132,11 @@ def pgd(
         random_start: start at a uniform point of the ball; else at ``x`` (BIM).
         momentum: $\mu\ge0$; 1 with ``step_size=eps / steps`` and no random start is MI-FGSM.
         sparsity: l1 only: the share of entries that a step leaves alone, in [0, 1).
-        loss: what grows as samples stop looking like ``y``: ``"ce"``, ``"margin"`` or a function.
+        loss: what grows as samples stop looking like ``y``: ``"ce"``, ``"margin"``, ``"score"``
+            (minus the label's logit) or a function.
         targeted: descend the loss of the targets instead.
         bounds: smallest and largest value of an input.
-        seed: of the random starts.
+        seed: of the random starts; under l2 and l1 a sample's depends on how many there are.
         observe: called at each step (counted through all starts) with ``x_adv``, ``logits``,
             ``gradient`` at the point, and ``restart``.
 

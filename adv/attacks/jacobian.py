@@ -59,7 +59,9 @@ class Jacobian:
 
     The model runs once, in evaluation mode, and its graph is kept: $J^\top w$ is a backward pass.
     Being linear in $w$ it can be differentiated by $w$, and $J u$ is that derivative: no layer
-    needs a forward mode. Memory is that of the graph, a small multiple of the activations.
+    needs a forward mode. Layers have to be twice differentiable, which fused attention is not (use
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``). Memory is that of the graph, a small
+    multiple of the activations.
 
     Args:
         model: ``(B, ...) -> (B, ...)``, of any output shape, samples not interacting.
@@ -73,6 +75,7 @@ class Jacobian:
         TypeError: no function, points or outputs that are not floating-point tensors.
         ValueError: no points, NaN, or not one output for each point. So do the methods and
             functions below for what does not fit in type or shape.
+        RuntimeError: a layer that cannot be differentiated twice.
 
     Source: Balda et al. (2018), section 3; chapter ``regression``.
     """
@@ -119,52 +122,62 @@ class Jacobian:
 
     def columns(self, indices: Int[Tensor, " n"] | Int[Tensor, "B n"]) -> Float[Tensor, "B K n"]:
         """The columns of some inputs, the same for all samples or others for each."""
-        indices = self._indices(indices)
-        parts = [
-            self._units(self._pulled, self._w, part) for part in indices.split(self.chunk, dim=1)
-        ]
-        return torch.cat(parts).permute(1, 2, 0)
+        return self._columns(self._indices(indices, self._size[0]))
 
     def rows(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "B n d"]:
         """The rows of some outputs."""
-        indices = self._indices(indices)
-        parts = [self._units(self._out, self.x, part) for part in indices.split(self.chunk, dim=1)]
-        return torch.cat(parts).transpose(0, 1)
+        return self._rows(self._indices(indices, self._size[1]))
 
     def dense(self) -> Float[Tensor, "B K d"]:
         """The whole matrix, by rows or by columns, whichever are fewer; for small problems."""
         d, K = self._size
-        return self.rows(self._count(K)) if d > K else self.columns(self._count(d))
+        return self._rows(self._count(K)) if d > K else self._columns(self._count(d))
 
     @cached_property
     def column_squares(self) -> Float[Tensor, "B d"]:
         r"""$\|J_i\|_2^2$ of each column, from min(d, K) products, summed without storing them."""
         d, K = self._size
         if d > K:
-            blocks = self._count(K).split(self.chunk)
-            return torch.stack([self.rows(block).square().sum(1) for block in blocks]).sum(0)
-        blocks = self._count(d).split(self.chunk)
-        return torch.cat([self.columns(block).square().sum(1) for block in blocks], dim=1)
+            blocks = self._count(K).split(self.chunk, dim=1)
+            return torch.stack([self._rows(block).square().sum(1) for block in blocks]).sum(0)
+        blocks = self._count(d).split(self.chunk, dim=1)
+        return torch.cat([self._columns(block).square().sum(1) for block in blocks], dim=1)
 
-    def _count(self, n: int) -> Tensor:
-        return torch.arange(n, device=self.x.device)
+    def _columns(self, indices: Int[Tensor, "B n"]) -> Float[Tensor, "B K n"]:
+        parts = [
+            self._units(self._pulled, self._w, part) for part in indices.split(self.chunk, dim=1)
+        ]
+        return torch.cat(parts).permute(1, 2, 0)
 
-    def _indices(self, indices: Tensor) -> Int[Tensor, "B n"]:
+    def _rows(self, indices: Int[Tensor, "B n"]) -> Float[Tensor, "B n d"]:
+        parts = [self._units(self._out, self.x, part) for part in indices.split(self.chunk, dim=1)]
+        return torch.cat(parts).transpose(0, 1)
+
+    def _count(self, n: int) -> Int[Tensor, "B n"]:
+        return torch.arange(n, device=self.x.device).expand(len(self.x), -1)
+
+    def _indices(self, indices: Tensor, size: int) -> Int[Tensor, "B n"]:
+        """Indices for each sample, of so many columns or rows."""
         if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
             raise TypeError(f"indices are an int64 tensor (n,) or (B, n), not {_kind(indices)}")
         if not indices.numel() or indices.shape[:-1] not in ((), (1,), (len(self.x),)):
             raise ValueError(
                 f"indices have shape (n,) or ({len(self.x)}, n), not {tuple(indices.shape)}"
             )
+        if indices.device != self.x.device:
+            raise ValueError(
+                f"indices are on {indices.device}, but the operator on {self.x.device}"
+            )
+        # Checked here: out of range on a GPU they would end the process's use of it.
+        first, last = (int(value) for value in indices.aminmax())
+        if first < 0 or last >= size:
+            raise ValueError(f"indices lie in 0..{size - 1}, but they span {first}..{last}")
         return indices.expand(len(self.x), -1)
 
     def _units(self, outputs: Tensor, inputs: Tensor, indices: Int[Tensor, "B n"]) -> Tensor:
         """Products (n, B, m) with the unit vectors of the ``indices``."""
         units = outputs.new_zeros(indices.shape[1], len(indices), outputs[0].numel())
-        try:
-            units.scatter_(2, indices.T[:, :, None], 1.0)
-        except RuntimeError as error:
-            raise ValueError(f"indices lie in 0..{units.shape[2] - 1}: {error}") from error
+        units.scatter_(2, indices.T[:, :, None], 1.0)
         return _products(outputs, inputs, units.reshape(-1, *outputs.shape)).flatten(2)
 
 
@@ -253,8 +266,8 @@ def singular(
         observe: called at each step, as by ``ascend``.
 
     Returns:
-        ``vector`` (B, ...), of length 1, its sign arbitrary; ``value`` (B,), $\|Jv\|$; and the
-        ``residual`` (B,) of the eigenvalue equation.
+        ``vector`` (B, ...), of length 1, its sign arbitrary, 0 where $J=0$; ``value`` (B,),
+        $\|Jv\|$; and the ``residual`` (B,) of the eigenvalue equation.
 
     Source: Balda et al. (2018), (14); chapter ``regression``.
     """

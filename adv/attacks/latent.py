@@ -21,6 +21,7 @@ from adv.attacks.common import (
     Model,
     Objective,
     Observe,
+    _plain,
     check_inputs,
     check_labels,
     check_number,
@@ -110,7 +111,8 @@ def latent_fgsm(
         manifold: encoder and decoder.
         eps: radius $\epsilon_z\ge0$, in the units of the code.
         norm: of the latent ball: ``"linf"``, ``"l2"`` or any number $p\ge1$.
-        loss: what grows as images stop looking like ``y``: ``"ce"``, ``"margin"`` or a function.
+        loss: what grows as images stop looking like ``y``: ``"ce"``, ``"margin"``, ``"score"``
+            (minus the label's logit) or a function.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn; every attack takes one.
         observe: called once with the step 0 and ``z``, ``x_adv``, ``logits``, ``gradient``.
@@ -172,7 +174,8 @@ def latent_pgd(
         step_size: $\alpha$ in the units of the code; by default ``2.5 * eps / steps``.
         restarts: random starts; more are never worse.
         random_start: start at a uniform point of the ball; else at the code of ``x``.
-        loss: what grows as images stop looking like ``y``: ``"ce"``, ``"margin"`` or a function.
+        loss: what grows as images stop looking like ``y``: ``"ce"``, ``"margin"``, ``"score"``
+            (minus the label's logit) or a function.
         bounds: smallest and largest value of an input.
         seed: of the random starts.
         observe: called at each step (counted through all starts) with ``z``, ``x_adv``, ``logits``,
@@ -273,7 +276,7 @@ def latent_noise(
 
 def _through(model: Model, manifold: Manifold, y: Tensor, bounds: Bounds) -> Model:
     """The classifier as a function of the code."""
-    return lambda z: model(manifold.decode(z, y).clamp(*bounds))
+    return lambda z: model(manifold.decode(z, _plain(y)).clamp(*bounds))
 
 
 def _decode(manifold: Manifold, z: Tensor, y: Tensor, bounds: Bounds) -> Tensor:

@@ -82,9 +82,10 @@ class Settings:
         feedback: what moves the multiplier: the margin's ``"sign"`` or its ``"tanh"``.
         gain: margins are divided by the one at ``x`` and multiplied by this; ``None``: left alone.
         multiplier: first $\lambda$; ``None``: the equilibrium's,
-            $\frac12\|\nabla m\|_q$ at the first point.
-        inner: 0: the exact proximal operator in Adam's metric; else steps of the author's inner
-            loop.
+            $\frac12\|\nabla m\|_q$ at the first point. A number is per unit of the penalty:
+            under bounds (0, 255) it weighs a norm 255 times as much as under (0, 1).
+        inner: 0: the proximal operator in Adam's metric (under linf five Newton steps toward its
+            level, from the last one); else steps of the author's inner loop.
         scout: look for the nearest class first.
         adapt: see ``step``.
         radius: of the uniform first perturbation, as a share of the range of the bounds; 0 starts
@@ -246,7 +247,7 @@ def _play(
 
     One pass at $x+\delta$ gives $m$ and $\nabla m$ to both players: Adam steps on
     $\phi(m)=\log(1+e^{\gamma m})$ alone, the proximal operator of $\lambda h$ is taken in Adam's
-    metric $\psi/a$, and $\log\lambda$ moves against $m$.
+    metric $\psi/a$ (under linf nearly, see ``_prox_linf``), and $\log\lambda$ moves against $m$.
     """
     h, adam = search.h, _Adam(delta, rules.momentum, search.h.isotropic)
     reached = torch.full_like(distance, math.inf)

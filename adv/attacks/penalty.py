@@ -69,7 +69,8 @@ def lbfgs(
         y: (B,) true labels, or targets where ``targeted``.
         steps: forward and backward passes of each sample at most, over all weights.
         searches: weights tried, each with an equal share of the steps.
-        weight: the first $c$, > 0.
+        weight: the first $c$, > 0, per squared unit of ``x``: under bounds (0, 255) it takes 255^2
+            times the weight it takes under (0, 1).
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn.
@@ -206,7 +207,8 @@ def carlini_wagner(
         y: (B,) true labels, or targets where ``targeted``.
         steps: forward and backward passes of each sample, over all weights; the first is at ``x``.
         searches: weights tried, each with an equal share of the other steps.
-        weight: the first $c$, > 0.
+        weight: the first $c$, > 0, per squared unit of ``x``: under bounds (0, 255) it takes 255^2
+            times the weight it takes under (0, 1).
         lr: Adam's step size, in units of $w$, or of the half range with ``"clip"``.
         confidence: $\kappa\ge0$, in units of the logits; only points with $m<-\kappa$ count.
         variable: how the box is kept, ``"tanh"`` or ``"clip"``.

@@ -33,7 +33,7 @@ from adv.attacks.common import (
     input_gradient,
     objective,
 )
-from adv.attacks.convex import successive_linearization
+from adv.attacks.convex import _iterate, _tangent
 from adv.attacks.gradient import noise
 from adv.attacks.jacobian import (
     Jacobian,
@@ -113,6 +113,7 @@ def quadratic(
 
     Raises:
         TypeError, ValueError: bad input; a rule without linf.
+        RuntimeError: a layer that cannot be differentiated twice, as ``Jacobian`` says.
 
     Source: Balda et al. (2018), (12)-(15) and (20); chapter ``regression``.
     """
@@ -215,20 +216,11 @@ def linear(
     check_number("dither", radius)
     with eval_mode(model):
         with torch.no_grad():
-            goal = model(x) if y is None else y
+            goal = model(x.clone()) if y is None else y
         error = _at(model, goal, _error)
         if accumulate:
-            return successive_linearization(
-                error,
-                x,
-                eps=eps,
-                norm=norm,
-                steps=steps,
-                dither=radius,
-                bounds=bounds,
-                seed=seed,
-                observe=observe,
-            )
+            tangent, name = _tangent(error), "linear()"
+            return _iterate(tangent, name, x, eps, norm, steps, radius, bounds, seed, observe)
         x = x.detach()
         box = room(x, bounds) if exponent(norm) in BOXED else None
         x_adv, watch = x, GradientWatch(x)
@@ -282,8 +274,8 @@ def subset(
             shapes; or the number of each value's group, (d,) integers for a flattened sample.
         kind: what is linearized, the loss or the model; a ``"quadratic"`` step needs all columns
             of the Jacobian, in blocks.
-        loss: for classifiers, ``"margin"``, ``"ce"`` or a function ``(logits, y) -> (B,)`` to
-            climb; by default the squared error.
+        loss: for classifiers, ``"margin"``, ``"ce"``, ``"score"`` or a function
+            ``(logits, y) -> (B,)`` to climb; by default the squared error.
         dither: linear only: radius of the random linf offset of each point of linearization; by
             default 0, but ``eps`` without a ``y``: where the output has not moved, neither has the
             gradient of its error.
@@ -319,7 +311,7 @@ def subset(
     used = torch.zeros(len(x), len(table), dtype=torch.bool, device=x.device)
     x_adv = x.clone()
     with torch.no_grad(), eval_mode(model):
-        goal = model(x) if y is None else y
+        goal = model(x.clone()) if y is None else y
         value = _at(model, goal, _error if loss is None else objective(loss))
         for step in range(count):
             if kind == "linear":
@@ -329,14 +321,15 @@ def subset(
                 gain = torch.zeros_like(used, dtype=x.dtype)
                 gain = gain.index_add(1, ids, (h * move).flatten(1))
             else:
-                move, gain = _best_corners(model, x_adv, goal, eps, bounds, table)
+                move, other, gain = _best_corners(model, x_adv, goal, eps, bounds, table)
             gain = watch.see(gain, none).masked_fill(used, -math.inf)
             group = gain.argmax(dim=1, keepdim=True)
             used = used.scatter(1, group, True)
-            move = torch.where((ids == group).view_as(x), move, 0.0)
+            mine = (ids == group).view_as(x)
+            move = torch.where(mine, move, 0.0)
             ahead = (x_adv + move).clamp(*bounds)
             if kind == "quadratic":
-                back = (x_adv - move).clamp(*bounds)
+                back = (x_adv + torch.where(mine, other, 0.0)).clamp(*bounds)
                 ahead = torch.where(expand(value(back) > value(ahead), x), back, ahead)
             x_adv = ahead
             if observe is not None:
@@ -489,8 +482,8 @@ def _groups(x: Tensor, groups: Any) -> tuple[Int[Tensor, " d"], Int[Tensor, "S Z
 
 def _best_corners(
     model: Model, x: Tensor, y: Tensor, eps: float, bounds: Bounds, table: Int[Tensor, "S Z"]
-) -> tuple[Tensor, Float[Tensor, "B S"]]:
-    """The best vertex of each group's box, all in one step (B, ...), and what each alone gains."""
+) -> tuple[Tensor, Tensor, Float[Tensor, "B S"]]:
+    """The best vertex of each group's box and its opposite, (B, ...), and what each alone gains."""
     frame = _Frame(model, x, eps, bounds, corners=True)
     J, shift = frame.jacobian, frame.shift.flatten(1)
     solve = best_signs if table.shape[1] <= ENUMERATED else greedy_signs
@@ -505,4 +498,5 @@ def _best_corners(
         image = moved + torch.einsum("bgkz,bgz->bgk", columns, signs)
         gains.append((2 * residual * image + image.square()).sum(2))
         s[:, index[there]] = signs[:, there]
-    return frame.middle + frame.half * s.view_as(x), torch.cat(gains, dim=1)
+    ahead = frame.half * s.view_as(x)
+    return frame.middle + ahead, frame.middle - ahead, torch.cat(gains, dim=1)

@@ -137,7 +137,8 @@ def minimal_perturbation(
             is not taken on trust: if no point is found within, ``lower`` is what was searched, and
             the result's ``upper`` is infinite.
         target: the class to reach, or (B,) of them; by default the nearest.
-        time_limit: seconds for each input, > 0 and finite; what is proved by then is returned.
+        time_limit: seconds for each input, > 0 and finite; what is proved by then is returned. A
+            linear program that has begun may take up to 60 seconds more.
         bounds: smallest and largest value of an input.
         gap: relative difference of the bounds at which the search ends, in (0, 1).
 
@@ -920,7 +921,10 @@ def _check_layers(q: _Question) -> None:
         if not np.isfinite(logits).all():
             raise ValueError("the model's logits are not finite")
         if logits.shape != ours.shape or len(ours) < 2:
-            raise ValueError(f"the model returns logits (B, K) with K >= 2, not {logits.shape}")
+            hint = "; a batch takes y as a tensor (B,)" if logits.ndim == 2 else ""
+            raise ValueError(
+                f"the model returns logits (B, K) with K >= 2, not {logits.shape}{hint}"
+            )
         if not np.allclose(ours, logits, rtol=1e-9, atol=1e-9 * np.abs(logits).max()):
             raise ValueError("the model is not the sequence of its Linear and ReLU layers")
 

@@ -6,7 +6,9 @@ input is a sum of two linear pieces, one that depends on the target alone (infor
 the source (nuisance). That is exact in two settings: an attack that is optimal in the hidden space,
 which is a convex problem (``hidden_attack``), and one that is optimal in the input, with a term for
 units that rest at the kink of the ReLU (``input_attack``). Shapes: ``d`` (n, m) has the atoms as
-columns, ``phi`` is (M, m), an input (n,), a hidden vector (m,), a code (M,); all float64.
+columns, ``phi`` is (M, m), an input (n,), a hidden vector (m,), a code (M,). All have one dtype,
+float64 where results are to be right to more than about six digits, and one device; the attacks are
+outside any graph.
 
 Source: "Understanding Adversarial Attacks on Autoencoders", section 5 and appendix A, with the
 corrections E8 to E18; chapter ``autoencoders``.
@@ -122,7 +124,7 @@ def hidden_attack(
 
     Source: (5.1) to (5.4), (A.1) to (A.16), corrected by E9 to E17.
     """
-    _check(d, phi, x_s, x_t, lam)
+    d, phi, x_s, x_t = _plain(d, phi, x_s, x_t, lam)
     if torch.linalg.matrix_rank(d) < d.shape[1]:
         raise ValueError("the atoms must be linearly independent: not every h can be reached")
     gamma_s, code = torch.relu(x_s @ d), encode(d, phi, x_t)
@@ -184,20 +186,23 @@ def input_attack(
 
     Source: the corrected form of section 5 and appendix A (E12, E14).
     """
-    _check(d, phi, x_s, x_t, lam)
+    d, phi, x_s, x_t = _plain(d, phi, x_s, x_t, lam)
     if starts < 1:
         raise ValueError(f"starts must be at least 1, not {starts}")
     code, draws = encode(d, phi, x_t), torch.Generator().manual_seed(seed)
     best: InputAttack | None = None
     for k in range(starts):
-        noise = torch.randn(len(x_s), generator=draws, dtype=x_s.dtype)
+        noise = torch.randn(len(x_s), generator=draws, dtype=x_s.dtype).to(x_s.device)
         w = _descend(d, phi, x_s, code, lam, x_s + (0.3 if k else 0.0) * noise)
         for near in NEAR:
             found = _pattern(d, phi, x_s, code, lam, w, near)
             if found is not None and (best is None or found.value < best.value):
                 best = found
     if best is None:
-        raise RuntimeError("no consistent pattern of active units was found; try more starts")
+        raise RuntimeError(
+            "no consistent pattern of active units was found; try more starts, or inputs that do "
+            "not leave all units at their kinks, as 0 does"
+        )
     return best
 
 
@@ -210,9 +215,9 @@ def _descend(d: Tensor, phi: Tensor, x_s: Tensor, code: Tensor, lam: float, w: T
             pre = z @ d
             rest = torch.nn.functional.softplus(pre, beta=beta) @ phi.T - code
             slope = 2 * d @ (torch.sigmoid(beta * pre) * (rest @ phi)) + 2 * lam * (z - x_s)
-            return float(rest @ rest + lam * (z - x_s) @ (z - x_s)), slope.numpy()
+            return float(rest @ rest + lam * (z - x_s) @ (z - x_s)), slope.cpu().numpy()
 
-        result = minimize(objective, w.numpy(), jac=True, method="L-BFGS-B", tol=1e-14)
+        result = minimize(objective, w.cpu().numpy(), jac=True, method="L-BFGS-B", tol=1e-14)
         w = torch.from_numpy(result.x).to(w)
     return w
 
@@ -254,10 +259,13 @@ def _pattern(
 def _nonnegative(rows: Tensor, target: Tensor) -> Tensor:
     if not rows.shape[1]:
         return rows.new_zeros(0)
-    return torch.from_numpy(nnls(rows.numpy(), target.numpy())[0]).to(rows)
+    return torch.from_numpy(nnls(rows.cpu().numpy(), target.cpu().numpy())[0]).to(rows)
 
 
-def _check(d: Tensor, phi: Tensor, x_s: Tensor, x_t: Tensor, lam: float) -> None:
+def _plain(
+    d: Tensor, phi: Tensor, x_s: Tensor, x_t: Tensor, lam: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All four outside any graph, if they fit."""
     n, m = d.shape
     if phi.ndim != 2 or phi.shape[1] != m or x_s.shape != (n,) or x_t.shape != (n,):
         raise ValueError(
@@ -268,3 +276,7 @@ def _check(d: Tensor, phi: Tensor, x_s: Tensor, x_t: Tensor, lam: float) -> None
         raise ValueError(f"lam must be positive and finite, not {lam}")
     if not all(bool(t.isfinite().all()) for t in (d, phi, x_s, x_t)):
         raise ValueError("atoms, phi and inputs must be finite")
+    if any(t.dtype != d.dtype or t.device != d.device for t in (phi, x_s, x_t)):
+        given = ", ".join(f"{t.dtype} on {t.device}" for t in (d, phi, x_s, x_t))
+        raise ValueError(f"atoms, phi and inputs must have one dtype and one device, not {given}")
+    return d.detach(), phi.detach(), x_s.detach(), x_t.detach()

@@ -220,7 +220,7 @@ def smallest_l1(phi: Float[Tensor, "M N"], y: Float[Tensor, " M"]) -> Float[Tens
     Raises:
         ValueError: no ``x`` has this code.
     """
-    a, b = phi.double().cpu().numpy(), y.double().cpu().numpy()
+    a, b = (t.detach().double().cpu().numpy() for t in (phi, y))
     result = linprog(np.ones(2 * a.shape[1]), A_eq=np.hstack([a, -a]), b_eq=b, bounds=(0, None))
     if result.x is None:
         raise ValueError(f"no signal with this code was found: {result.message}")
@@ -254,7 +254,7 @@ def sparsest(
     """
     if not 0 < bound < math.inf:
         raise ValueError(f"bound must be positive and finite, not {bound}")
-    a, b = phi.double().cpu().numpy(), y.double().cpu().numpy()
+    a, b = (t.detach().double().cpu().numpy() for t in (phi, y))
     n = a.shape[1]
     eye = np.eye(n)
     limit = n if most is None else most
