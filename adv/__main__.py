@@ -68,6 +68,13 @@ class NormName(StrEnum):
     l1 = "l1"
 
 
+@app.callback()
+def start() -> None:
+    """What comes before every command."""
+    with suppress(AttributeError):  # a terminal may lack characters of the tables
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
 @app.command()
 def info() -> None:
     """Show versions, the device, the data sets and the weights at hand."""

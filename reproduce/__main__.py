@@ -154,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", default="local", help="local, slurm, or a profile's folder")
     parser.add_argument("--cores", default=os.environ.get("CORES", ""), help="jobs at a time")
     Plan.options(parser)
-    parser.add_argument("--snakemake", nargs=argparse.REMAINDER, default=[], help="its options")
+    parser.add_argument(
+        "--snakemake", nargs=argparse.REMAINDER, default=[], help="all that follows goes to it"
+    )
     return parser
 
 

@@ -128,7 +128,13 @@ def adapted(defense: nn.Module, x: Tensor, y: Tensor, settings: Settings, seed: 
 
     Returns:
         (N, C, H, W) perturbed images, as they were where nothing was found.
+
+    Raises:
+        ValueError: so many images that the draws of a judge would be those that are measured.
     """
+    if len(x) >= MEASURE - VERIFY:
+        most = MEASURE - VERIFY - 1
+        raise ValueError(f"{len(x)} images: of more than {most}, judge and measure share draws")
     module, _, name = settings["call"].rpartition(".")
     function = getattr(importlib.import_module(f"adv.attacks.{module}"), name)
     taken = inspect.signature(function).parameters

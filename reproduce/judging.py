@@ -5,6 +5,7 @@ The networks of the table's rows are attacked as for the table, as far as their 
 """
 
 import argparse
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ def images(plan: Plan, item: Item, samples: int, *, seed: int = 0) -> Collection
         seed: of the networks.
 
     Returns:
-        The images; their defenses are the names of the rows.
+        The images; their defenses are the names of the rows. A row whose network was not fooled is
+        left out, and named on stderr.
 
     Raises:
-        ValueError: a figure, or the weights of no row are here.
+        ValueError: a figure, the weights of no row are here, or all rows were left out.
     """
     if item.kind != "table":
         raise ValueError(f"{item.name} is no table")
@@ -45,9 +47,17 @@ def images(plan: Plan, item: Item, samples: int, *, seed: int = 0) -> Collection
         for run in plan.runs(cell)
         if run.network.seed == seed
     }
-    parts = [_row(plan, run, row, samples) for row, run in runs.items() if plan.whole(run.network)]
-    if not parts:
+    here = {row: run for row, run in runs.items() if plan.whole(run.network)}
+    if not here:
         raise ValueError(f"no weights of {item.name}'s networks here; make the table first")
+    parts = []
+    for row, run in here.items():
+        try:
+            parts.append(_row(plan, run, row, samples))
+        except ValueError as error:
+            print(f"{row} is left out: {error}", file=sys.stderr)
+    if not parts:
+        raise ValueError(f"no row of {item.name} has images to ask about")
     return Collection(
         torch.cat([part.images for part in parts]),
         torch.cat([part.y for part in parts]),

@@ -361,6 +361,9 @@ def relative(sample: Sample) -> Named:
     """
     sizes, x = sample.norms(), sample.x[sample.attacked]
     found = sizes < math.inf
+    if not found.any():
+        names = ("rho", "q1", "median", "q3", "whisker-lo", "whisker-hi")
+        return dict.fromkeys(names, math.nan) | {"found": 0.0}
     rho = (sizes[found] / length(x[found], sample.norm)).double()
     q1, median, q3 = torch.quantile(rho, rho.new_tensor([0.25, 0.5, 0.75])).tolist()
     reach = 1.5 * (q3 - q1)
@@ -403,6 +406,10 @@ def judged(sample: Sample) -> Named:
     council: Committee = sample.settings["committee"]
     y, points = sample.y[sample.attacked], sample.points[0]
     fooled = success(sample.model, points, y)
+    if not fooled.any():
+        names = ["change", "no-change", "rest", "right-on-clean"]
+        names += [f"change-{name}" for name in council.members]
+        return dict.fromkeys(names, math.nan) | {"answers": 0.0}
     y, points = y[fooled], points[fooled]
     target = _outputs(sample.model, points).argmax(dim=1).cpu()
     verdict = judge(council.answers(points), y.cpu(), target)
@@ -428,11 +435,11 @@ def convincing(sample: Sample) -> Named:
     differ in length otherwise.
     """
     council: Committee = sample.settings["committee"]
-    y = sample.y[sample.attacked].cpu()
+    y = sample.y[sample.attacked]
     shares: dict[str, list[float]] = {"fooled": [], "convincing": []}
     for points in sample.points:
         said = _outputs(sample.model, points).argmax(dim=1).cpu()
-        wrong = said != y
+        wrong = success(sample.model, points, y).cpu()
         alike = wrong & (council.answers(points) == said)
         for name, flags in (("fooled", wrong), ("convincing", alike)):
             shares[name].append(float(flags.double().mean()))

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 __all__ = ["friendly", "listed", "refuse_unknown"]
 
@@ -31,6 +31,8 @@ def refuse_unknown(given: Iterable[str], names: Iterable[str], what: str) -> Non
 @contextmanager
 def friendly(program: str) -> Iterator[None]:
     """End the program with a line, not a traceback, where settings, data or folders are wrong."""
+    with suppress(AttributeError):  # a terminal may lack characters of the tables
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         yield
     except (ValueError, OSError) as error:

@@ -28,7 +28,8 @@ def provenance(
 
     Returns:
         ``device`` (type, name, threads), ``versions``, ``commit``, and ``modified``: which of the
-        files differed from it, or weren't in it. The last two are None outside a repository.
+        files differed from it, or weren't in it. The last two are None outside a repository,
+        and where there is no git.
     """
     place = device() if place is None else place
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
@@ -59,5 +60,8 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str | Path) -> str | None:
-    done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

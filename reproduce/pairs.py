@@ -34,8 +34,13 @@ def partners(count: int, of: int | None = None, seed: int = 0) -> Tensor:
 
     Returns:
         (count,) numbers of the targets.
+
+    Raises:
+        ValueError: there are fewer than two images.
     """
     of = count if of is None else of
+    if of < 2:
+        raise ValueError("pairs need two images")
     away = torch.randint(1, of, (count,), generator=generator(seed))
     return (torch.arange(count) + away) % of
 

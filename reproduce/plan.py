@@ -24,6 +24,10 @@ __all__ = ["Cell", "Item", "Network", "Plan", "Run", "Task"]
 
 ROOT = Path(__file__).resolve().parents[1]
 Settings = dict[str, Any]
+# Networks that are trained by a game of two, and entries of ``training`` that are no arguments of
+# ``lab.training.fit``: steps.py makes something of them.
+GAMES = ("wgan", "dc-gan")
+OF_STEPS = ("augment", "best", "mixed", "warmup", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -143,23 +147,33 @@ class Plan:
     def options(parser: argparse.ArgumentParser) -> None:
         """Add the options that ``given`` reads."""
         for folder in ("settings", "results", "work"):
-            parser.add_argument(f"--{folder}", type=Path, default=getattr(Plan, folder))
+            told = f"folder of {folder}; default: reproduce/{folder}"
+            parser.add_argument(f"--{folder}", type=Path, default=getattr(Plan, folder), help=told)
         parser.add_argument("--only", default="", help="networks to run, separated by commas")
         parser.add_argument("--skip", default="", help="attacks not to run, separated by commas")
         parser.add_argument(
-            "--datasets", default="", help="take these for being at hand; don't look"
+            "--datasets",
+            default="",
+            help="data sets to count as there, separated by commas, instead of looking",
         )
         parser.add_argument("--trust", action="store_true", help="keep results of older code")
 
     @staticmethod
     def given(options: argparse.Namespace) -> "Plan":
-        """The plan that a command line means."""
+        """The plan that a command line means.
+
+        Raises:
+            ValueError: a data set that no settings name.
+        """
         only, datasets, skip = map(listed, (options.only, options.datasets, options.skip))
         settings, results, work = (
             path.resolve() for path in (options.settings, options.results, options.work)
         )
         data = frozenset(datasets) or None
-        return Plan(settings, results, work, only, options.trust, data, skip)
+        plan = Plan(settings, results, work, only, options.trust, data, skip)
+        if datasets:
+            refuse_unknown(datasets, plan.mentioned(), "data set")
+        return plan
 
     # ------------------------------------------------------------------------------------ settings
 
@@ -203,19 +217,34 @@ class Plan:
         return self.items[name]
 
     def _check(self, where: str, cell: Cell) -> None:
-        """Say at once what would come out after hours of computing: a name or radius mistyped."""
+        """Say at once what would come out after hours of computing: something mistyped."""
         paper = self.paper(cell.paper)
         try:
             own = _entry(paper, "networks", cell.model)
             _entry(paper, "defenses", cell.defense)
             network = Network(cell.paper, own["data"][0], cell.model, cell.defense, 0)
-            attack = self.attack(Run(network, cell.attack))
+            run = Run(network, cell.attack)
+            attack = self.attack(run)
+            if not attack.get("measures"):
+                raise ValueError(f"{cell.attack} has no measures")
+            self.versions(run)  # all functions that are named exist
+            for trained in filter(None, (network, self.used(network), self.used(run))):
+                self.versions(trained)
+                self._check_training(trained)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         grid = attack.get("eps") or attack.get("measured_at") or [0.0]
         if cell.at is not None and not isinstance(grid, Mapping) and cell.at not in grid:
             known = ", ".join(map(str, grid))
             raise ValueError(f"{where}: no radius {cell.at} of {cell.attack}; there are {known}")
+
+    def _check_training(self, network: Network) -> None:
+        recipe = self.recipe(network)
+        game = recipe["model"]["name"] in GAMES
+        function = "adv.lab.generative.fit_wgan" if game else "adv.lab.training.fit"
+        known = {*versions.arguments(function), *(() if game else OF_STEPS)}
+        if unknown := recipe["training"].keys() - known:
+            raise ValueError(f"the training of {network.model} has no {', '.join(sorted(unknown))}")
 
     def names(self, kind: str) -> list[str]:
         """The names of all tables or of all figures."""
@@ -410,7 +439,7 @@ class Plan:
         else:
             recipe, judges = self.recipe(subject), []
             parts = ["_augmented"] if recipe["training"].get("augment") else []
-            if recipe["model"]["name"] in ("wgan", "dc-gan"):
+            if recipe["model"]["name"] in GAMES:
                 parts.append("_game")
             else:
                 parts += ["_duel"] if "critic" in recipe else ["_fit", "_loss"]
@@ -437,7 +466,7 @@ class Plan:
             return names + [f"reproduce.steps.{name}" for name in own]
         recipe = self.recipe(subject)
         names = [f"adv.lab.models._MODELS[{recipe['model']['name']}]"]
-        if recipe["model"]["name"] in ("wgan", "dc-gan"):
+        if recipe["model"]["name"] in GAMES:
             return [*names, "adv.lab.generative.fit_wgan"]
         if recipe["model"]["name"] == "vaes":
             names.append(f"adv.lab.models._MODELS[{recipe['model'].get('kind', 'vae')}]")

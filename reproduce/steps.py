@@ -52,6 +52,11 @@ Settings = Mapping[str, Any]
 
 # Added to the seed of the initial weights of a network that is trained on another one's pairs.
 FRESH = 1000
+# Entries of an attack's settings that are for the workflow, not for the attack.
+OWN = {"call", "target", "eps", "norm", "images", "measures", "measured_at", "ball", "chunk"}
+OWN |= {"every", "nested", "judges", "uses"}
+# Measures that need no image that was attacked: a network may get nothing right.
+OF_ALL = ("error", "correct", "single_step", "portraits")
 
 
 # -------------------------------------------------------------------------------------- the steps
@@ -114,6 +119,8 @@ def _fit(
     )
     settings.pop("best", None)
     if decay:
+        if settings.get("optimizer", "adam") != "adam":
+            raise ValueError("weight_decay is Adam's here; leave optimizer out")
         settings["optimizer"] = partial(torch.optim.Adam, weight_decay=decay)
     given = {"seed": recipe["seed"], "progress": sys.stderr.isatty(), **settings}
     history = History()
@@ -136,7 +143,8 @@ def _duel(model: nn.Module, train: data.Split, recipe: Settings, checkpoint: Pat
     """Train against an adversary critic; epochs and batch are those of ``training``.
 
     ``products`` is torch's precision of float32 matrix products, for this training alone:
-    ``"medium"`` lets them be made of bfloat16 factors where the processor has these.
+    ``"medium"`` lets them be made of bfloat16 factors, or on CUDA of TF32 ones, where the processor
+    has these.
     """
     settings = dict(recipe["critic"])
     critic = new_critic(recipe["seed"], sizes=settings.pop("sizes"))
@@ -165,18 +173,21 @@ def _verdict(history: History | Duel) -> dict[str, str]:
 def attack(plan: Plan, run: Run) -> None:
     """Perturb test images of the run's data set and write the points."""
     settings, place = plan.attack(run), device()
+    _check_options(settings)
     model, source = _target(plan, run, 0), data.load(run.network.dataset)
     some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
     attacked = vulnerable(model, some, settings)
     x, y = some.x[attacked], some.y[attacked]
-    grid, seed = radii(settings, x), run.network.seed
+    grid, seed = radii(settings, some.x), run.network.seed
     used = _used(plan, run) if "uses" in settings else None
     with counting(model) as counts:
         if settings.get("target") == "pair":
             wanted = x[pairs.partners(len(x))]
             folder = _parts(plan, run, settings, len(x))
             points = [pairs.attacked(used or model, x, wanted, settings, seed, folder)]
+        elif not len(x):  # the network gets nothing right
+            points = [x.clone() for _ in grid or (None,)]
         else:
             points = _points(model, x, y, grid, settings, seed, used)
     content = _origin(plan, run) | {
@@ -188,6 +199,17 @@ def attack(plan: Plan, run: Run) -> None:
     }
     with replacing(plan.points(run)) as path:
         torch.save(content, path)
+
+
+def _check_options(settings: Settings) -> None:
+    """Refuse what an attack has no argument for, which ``perturbed`` would leave out in silence."""
+    call = settings.get("call", "")
+    whole = "defense" in settings or settings.get("target") == "pair"  # these pass on everything
+    if not call or call.startswith("peers.") or whole:
+        return
+    taken = inspect.signature(_resolve(f"adv.attacks.{call}")).parameters
+    if unknown := settings.keys() - taken.keys() - OWN:
+        raise ValueError(f"{call} has no {', '.join(sorted(unknown))}")
 
 
 def chosen(test: data.Split, settings: Settings, recipe: Settings) -> data.Split:
@@ -369,7 +391,8 @@ def measure(plan: Plan, run: Run) -> None:
     )
     values: dict[str, Any] = {}
     for name in settings["measures"]:
-        values |= MEASURES[name](sample)
+        if sample.attacked.any() or name in OF_ALL:
+            values |= MEASURES[name](sample)
     record = {
         "values": values,
         "images": len(some),

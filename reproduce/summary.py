@@ -263,6 +263,8 @@ def _why(plan: Plan, cell: Cell, records: list[Content], *names: str) -> str:
     """Why a cell has no number, or a curve not the values of these names."""
     if cell.missing:
         return cell.missing
+    if any(record.get("attacked") == 0 for record in records):
+        return "the network gets no image right"
     for name in names or (cell.value,):
         if records and not _have(records, name):
             known = set.intersection(*(set(record["values"]) for record in records))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-__all__ = ["digest", "files"]
+__all__ = ["arguments", "digest", "files"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("adv", "reproduce")
@@ -57,6 +57,13 @@ def digest(name: str) -> str:
     """
     texts = sorted(repr(_shape(statement)) for _, statement in _closure(name))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def arguments(name: str) -> list[str]:
+    """The keyword-only arguments of a function, which is not imported for it."""
+    module, _, function = name.rpartition(".")
+    found = _source(module).definitions[function][0]
+    return [one.arg for one in found.args.kwonlyargs] if isinstance(found, ast.FunctionDef) else []
 
 
 def files(name: str) -> set[Path]:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -341,6 +342,17 @@ def test_warnings_are_one_line_each(here):
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("warning: pgd()")
     assert "gradient vanished" in result.stderr
+
+
+def test_a_terminal_without_a_table_s_characters_gets_others(here):
+    """The dash of an empty cell is not in Latin-1."""
+    code = "from adv import __main__ as cli; cli._percent = lambda share: chr(0x2014); cli.app()"
+    command = [sys.executable, "-c", code, "evaluate", "mynet:make", "--data", "digits"]
+    command += ["--weights", "weights.pt", "--samples", "20", "--attack", "deepfool"]
+    narrow = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=narrow)
+    assert done.returncode == 0, done.stderr
+    assert "\\u2014" in done.stdout
 
 
 def test_the_installed_command_in_a_process(here):

@@ -361,7 +361,8 @@ class AnalysisBySynthesis(nn.Module):
         """(B, ...) inputs to (B, K) logits, the negative losses.
 
         Raises:
-            ValueError: inputs of another shape than the decoders'.
+            RuntimeError: inputs of another size than the decoders'.
+            ValueError: inputs of the same size and another shape.
         """
         return -self.losses(x)
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from adv.attacks.common import generator
 from adv.lab import committee
-from adv.lab.evaluation import perturb, success
+from adv.lab.evaluation import CHUNK, perturb, success
 from adv.lab.files import replacing
 
 __all__ = ["FORM", "Collection", "Form", "Study", "collect", "serve", "widget"]
@@ -150,10 +150,13 @@ def collect(
             continue
         points = perturb(network, x[right], y[right], attack, **settings)
         fooled = success(network, points, y[right])
+        if not fooled.any():
+            continue
         with torch.no_grad():
-            target = network(points[fooled]).argmax(dim=1)
+            pieces = points[fooled].split(CHUNK)
+            target = torch.cat([network(piece).argmax(dim=1) for piece in pieces])
         parts += [(points[fooled], y[right][fooled], target, (name,) * int(fooled.sum()))]
-    if not any(len(part[0]) for part in parts):
+    if not parts:
         raise ValueError("the attack fooled none of the networks; there is nothing to ask about")
     images, labels, targets = (torch.cat([part[i] for part in parts]) for i in range(3))
     return Collection(images, labels, targets, tuple(chain.from_iterable(p[3] for p in parts)))

@@ -182,7 +182,8 @@ def assemble(
     Source: chapter ``critic``.
     """
     networks = networks or {}
-    if moving := [name for name, network in networks.items() if network.training]:
+    moving = [name for name, net in networks.items() if any(m.training for m in net.modules())]
+    if moving:
         raise ValueError(f"{', '.join(moving)}: in training mode; call .eval()")
     x, y = train.x.flatten(1).cpu().numpy(), train.y.cpu().numpy()
     fitted = {

@@ -197,7 +197,7 @@ def fit_critic(
     hide: dict[str, bool] = {} if progress else {"disable": True}
     done = len(history.loss)
     with (
-        torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),  # manual_seed seeds all
         tqdm(total=epochs, initial=done, **hide) as bar,
     ):
         for epoch in range(-pretrain if done == 0 else done, epochs):
@@ -244,7 +244,11 @@ class _Game:
         self.model, self.critic, self.confidence = model, critic, confidence
         self.weights, self.attack, self.rates = weights, attack, rates
         self.players = {
-            name: torch.optim.Adam(part.parameters(), lr=rates[name], betas=(0.5, 0.999))
+            name: torch.optim.Adam(
+                [p for p in part.parameters() if p.requires_grad],
+                lr=rates[name],
+                betas=(0.5, 0.999),
+            )
             for name, part in (("model", model), ("critic", critic))
         }
 

@@ -340,6 +340,7 @@ def fit_wgan(
             for name, player in players.items():
                 player.load_state_dict(state[name])
             game, count = Game(**state["game"]), state["count"]
+    model.train()
     with tqdm(total=epochs, initial=len(game.distance), **hide) as bar:
         for epoch in range(len(game.distance), epochs):
             start = time.perf_counter()

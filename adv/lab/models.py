@@ -852,6 +852,8 @@ def join_color(
 def initialize(model: nn.Module, kind: Literal["he", "glorot"]) -> nn.Module:
     """Draw the weights of all linear maps and convolutions anew, in place; set their biases to 0.
 
+    Transposed convolutions are left as they are.
+
     Args:
         model: any network.
         kind: ``"he"``, normal with variance 2 / fan-in, or ``"glorot"``, uniform with variance

@@ -84,10 +84,11 @@ def mixed(loss: Loss) -> Loss:
     """The same loss in mixed precision, for ``fit``: bfloat16 factors, float32 weights and sums.
 
     Matrix products and convolutions are made of bfloat16 factors, as ``torch.autocast`` chooses,
-    and images are laid out with their channels last. Weights, gradients and steps stay in float32,
-    with 8 binary digits of precision in what the products are made of. Processors with such units
-    train convolutional networks in a third of the time or less (``make bench``); on others it is
-    no gain.
+    and images are laid out with their channels last. Weights, their gradients and steps stay in
+    float32; inputs, activations and logits are rounded to 8 binary digits (steps of 1/256 near 1),
+    in attacks inside the loss too. Finite differences do not survive that: ``vat`` needs float32,
+    or ``xi`` of 0.1 or more. Processors with such units train convolutional networks in a third of
+    the time or less (``make bench``); on others it is no gain.
 
     Args:
         loss: ``(model, x, y) -> scalar``.
@@ -101,9 +102,13 @@ def mixed(loss: Loss) -> Loss:
     def value(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        # Without the cache: up to torch 2.10 a weight that was cast under no_grad, as attacks and
+        # constant predictions do, comes from it without a graph, and stays without a gradient.
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             return loss(model, x, y).float()
 
+    # By its name a checkpoint knows a loss.
+    value.__qualname__ = f"mixed({getattr(loss, '__qualname__', type(loss).__name__)})"
     return value
 
 
@@ -162,7 +167,7 @@ def fit(
 
     Source: chapter ``defending``.
     """
-    _check(train, epochs, batch_size, lr, schedule)
+    _check(train, val, epochs, batch_size, lr, schedule)
     epochs, batch_size, lr = int(epochs), int(batch_size), float(lr)
     steps = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)
     place = next(model.parameters()).device
@@ -180,7 +185,11 @@ def fit(
     hide: dict[str, bool] = {} if progress else {"disable": True}
     size = math.ceil(len(train) / batch_size)
     done = len(history.loss)
-    with _random_state(place), tqdm(total=epochs * size, initial=done * size, **hide) as bar:
+    with (
+        _random_state(),
+        _resting(model, steps),
+        tqdm(total=epochs * size, initial=done * size, **hide) as bar,
+    ):
         for epoch in range(done, epochs):
             start = time.perf_counter()
             for group in steps.param_groups:
@@ -204,13 +213,21 @@ def fit(
             bar.set_postfix(epoch=epoch + 1, loss=f"{history.loss[-1]:.3g}")
     if best is not None:
         model.load_state_dict(best)
-    model.eval()
     return history
 
 
-def _check(train: Split, epochs: int, batch_size: int, lr: float, schedule: Schedule) -> None:
+def _check(
+    train: Split,
+    val: Split | None,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    schedule: Schedule,
+) -> None:
     if len(train) == 0:
         raise ValueError("the training set is empty")
+    if val is not None and len(val) == 0:
+        raise ValueError("the validation set is empty")
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
     if not (lr > 0 and math.isfinite(lr)):
@@ -248,10 +265,20 @@ def _factor(schedule: Schedule, epoch: int, epochs: int) -> float:
 
 
 @contextmanager
-def _random_state(place: torch.device) -> Iterator[None]:
-    """Put back the global generators of the CPU and of the model's device."""
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+def _random_state() -> Iterator[None]:
+    """Put back the global generators of the CPU and of all CUDA devices: one seed is for all."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield
+
+
+@contextmanager
+def _resting(model: nn.Module, steps: torch.optim.Optimizer) -> Iterator[None]:
+    """Leave evaluation mode and no gradients, also where the training diverged or was stopped."""
+    try:
+        yield
+    finally:
+        model.eval()
+        steps.zero_grad(set_to_none=True)
 
 
 def _seed_epoch(seed: int, epoch: int, size: int) -> Tensor:

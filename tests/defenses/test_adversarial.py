@@ -252,6 +252,26 @@ def test_vat_is_its_formula_with_a_constant_clean_prediction():
     torch.testing.assert_close(analytic, gradients(by_hand, model, x, y))
 
 
+def test_trades_is_its_formula_and_differentiates_both_predictions():
+    model, (x, y) = tanh_net(), batch()
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        value = trades(0.2, beta=3.0, steps=4)(model, x, y)
+        analytic = torch.cat([g.flatten() for g in torch.autograd.grad(value, model.parameters())])
+        torch.manual_seed(5)
+        seed = int(torch.randint(2**31, ()))
+    clean = model(x).detach()
+    moved = ascend(lambda z: kl(clean, model(z)), x, eps=0.2, steps=4, seed=seed)
+
+    def by_hand(model, x, y):
+        p, log_p, log_q = model(x).softmax(1), model(x).log_softmax(1), model(moved).log_softmax(1)
+        change = (p * (log_p - log_q)).sum(1)
+        return functional.nll_loss(log_p, y) + 3 * change.mean()
+
+    torch.testing.assert_close(value, by_hand(model, x, y))
+    torch.testing.assert_close(analytic, gradients(by_hand, model, x, y))
+
+
 @pytest.mark.parametrize("loss", [trades(0.0, steps=2), vat(0.0)], ids=["trades", "vat"])
 def test_at_eps_zero_only_cross_entropy_is_left(loss):
     model, (x, y) = tanh_net(), batch()

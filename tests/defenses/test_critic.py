@@ -199,6 +199,20 @@ def test_noise_is_there_in_training_only():
     assert torch.equal(quiet, critic(x))
     silent = Critic((6, 50, 3), noise=(0.0, 0.0))
     assert torch.equal(silent(x), silent(x))
+    inner, outer = (Critic((6, 50, 3), noise=noise) for noise in ((0.0, 1.0), (1.0, 0.0)))
+    assert not torch.equal(inner(x), inner(x))
+    assert not torch.equal(outer(x), outer(x))
+    # Without hidden layers, the first number alone counts.
+    bare, linear = (Critic((6, 3), noise=noise) for noise in ((0.0, 1.0), (1.0, 0.0)))
+    assert torch.equal(bare(x), bare(x))
+    assert not torch.equal(linear(x), linear(x))
+    # Noise at one place has its own size: through identities it adds up to what was asked for.
+    many, wide = torch.zeros(4000, 1), Critic((1, 1, 1), noise=(0.0, 2.0), slope=1.0)
+    with torch.no_grad():
+        for layer in wide.layers:
+            layer.weight.fill_(1.0)
+            layer.bias.zero_()
+    assert float(wide(many).detach().std()) == pytest.approx(2, rel=0.1)
     hidden = critic.layers[0](x)
     by_hand = critic.layers[1](torch.where(hidden > 0, hidden, 0.2 * hidden))
     assert torch.allclose(quiet, by_hand)

@@ -236,6 +236,20 @@ def test_collect_keeps_what_was_carried_to_another_class():
         annotate.collect(networks, test.x, test.y, fgsm, eps=0.0)
 
 
+def test_collect_leaves_out_who_was_not_fooled():
+    """An MLP does not take an empty batch."""
+    test = data.load("digits").test.take(40)
+    networks = {name: zoo.load(f"digits/{name}") for name in ("cnn", "mlp")}
+
+    def only_cnn(model, x, y, **given):
+        return fgsm(model, x, y, **given) if model is networks["cnn"] else x
+
+    got = annotate.collect(networks, test.x, test.y, only_cnn, eps=0.15, norm="linf")
+    assert set(got.defense) == {"cnn"}
+    with pytest.raises(ValueError, match="fooled none"):
+        annotate.collect({"mlp": networks["mlp"]}, test.x, test.y, fgsm, eps=0.0)
+
+
 # ----------------------------------------------------------------------------------------- server
 
 

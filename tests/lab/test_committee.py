@@ -120,3 +120,6 @@ def test_networks_in_training_mode_are_refused(digits):
     moving = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
     with pytest.raises(ValueError, match="mine: in training mode"):
         committee.assemble(digits.train, {"mine": moving})
+    moving.eval()[1].train()
+    with pytest.raises(ValueError, match="mine: in training mode"):
+        committee.assemble(digits.train, {"mine": moving})

@@ -173,6 +173,48 @@ def test_seeded_and_quiet():
     assert not torch.equal(runs[0][: len(weights(other))], weights(other))
 
 
+def test_layers_that_are_frozen_stay_as_they_are():
+    model, critic = classifier(), new_critic(1, sizes=SIZES)
+    model[1].requires_grad_(False)
+    critic.layers[0].bias.requires_grad_(False)
+    frozen = copy.deepcopy((model[1].weight, critic.layers[0].bias))
+    before = weights(model[3], critic.layers[0])
+    fit_critic(model, critic, blobs(), epochs=1, **QUICK)
+    assert torch.equal(model[1].weight, frozen[0])
+    assert torch.equal(critic.layers[0].bias, frozen[1])
+    assert (weights(model[3], critic.layers[0]) != before).sum() > 50
+
+
+def test_the_generators_of_all_devices_are_put_back_too(monkeypatch):
+    kept, fork = [], torch.random.fork_rng
+
+    def watched(devices):
+        kept.append(list(devices))
+        return fork(devices=[])
+
+    parts = classifier(), new_critic(1, sizes=SIZES)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.random, "fork_rng", watched)
+    fit_critic(*parts, blobs(), epochs=1, **QUICK)
+    assert kept == [[0, 1, 2]]
+
+
+def test_both_rates_are_halved_again_and_again(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def watched(self, closure=None):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    settings = {"batch_size": 60, "pretrain": 1, "halve_every": 2, "progress": False}
+    parts = classifier(), new_critic(1, sizes=SIZES)
+    fit_critic(*parts, blobs(), epochs=5, lr=0.01, critic_lr=0.04, **settings)
+    # One batch an epoch: of the pretraining the classifier alone, then the critic first.
+    factors = [1, 1, 0.5, 0.5, 0.25]
+    assert rates == [0.01, *(rate * factor for factor in factors for rate in (0.04, 0.01))]
+
+
 def history(**last):
     fine = {"accuracy": 0.99, "success": 0.9, "real": 0.7, "made": 0.7, "length": 1.0}
     names = ("loss", "fooling", "cycle", "confidence", "critic", "penalty", "seconds")

@@ -262,6 +262,20 @@ def test_the_game_is_repeatable_and_leaves_the_global_state():
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in runs), strict=True))
 
 
+def test_the_game_is_played_in_training_mode():
+    """Whatever mode it starts in; its layers count the batches that they see while training."""
+    runs = [models.build("dc-gan", seed=0).train(mode) for mode in (True, False)]
+    some = Split(nn.functional.interpolate(DIGITS.x[:12], 28), DIGITS.y[:12])
+    for model in runs:
+        fit_wgan(model, some, epochs=1, batch_size=6, critic_steps=1, progress=False)
+        assert not any(module.training for module in model.modules())
+    one, other = (model.state_dict() for model in runs)
+    counts = [v for name, v in other.items() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert min(counts) > 0
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_divergence_of_the_game_is_said():
     model = models.build("wgan", hidden=(8,), seed=0)
     with pytest.raises(DivergenceError, match="diverged"):

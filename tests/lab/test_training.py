@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from adv.defenses.adversarial import adversarial_loss, trades
 from adv.defenses.margin import margin_loss
 from adv.lab import models
 from adv.lab.data import Split
@@ -254,9 +255,65 @@ def test_mixed_precision_puts_the_channels_of_images_last():
         assert x.ndim < 4 or got.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_mixed_losses_are_float32_and_their_factors_bfloat16():
+    seen = []
+
+    def loss(model, x, y):
+        value = model(x).sum()
+        seen.append((torch.get_autocast_dtype("cpu"), value.dtype))
+        return value
+
+    value = mixed(loss)(network(), blobs().x, blobs().y)
+    assert value.dtype == torch.float32
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    "loss", [trades(0.1, steps=1), adversarial_loss("pgd", eps=0.1, steps=1)], ids=["trades", "pgd"]
+)
+def test_mixed_losses_that_attack_reach_every_parameter(loss):
+    """Copies of weights that an attack has made without a graph must not be used again."""
+    model = models.build("resnet32", seed=0).train()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def watched(model, x, y):
+        seen.append(torch.is_autocast_cache_enabled())
+        return loss(model, x, y)
+
+    mixed(watched)(model, x, torch.arange(2)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert seen == [False]
+
+
+def test_the_checkpoint_of_another_mixed_loss_is_refused(tmp_path):
+    given = {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
+    quiet(network(), blobs(), loss=mixed(cross_entropy), **given)
+    with pytest.raises(ValueError, match=r"loss = mixed\(cross_entropy\) there"):
+        quiet(network(), blobs(), loss=mixed(reconstruction), **given)
+
+
+def test_the_generators_of_all_devices_are_put_back(monkeypatch):
+    """torch.manual_seed seeds them all, whatever the model is on."""
+    kept, fork = [], torch.random.fork_rng
+
+    def watched(devices):
+        kept.append(list(devices))
+        return fork(devices=[])
+
+    model = network()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.random, "fork_rng", watched)
+    quiet(model, blobs(), epochs=1)
+    assert kept == [[0, 1, 2]]
+
+
 def test_divergence_is_an_error():
+    model = network()
     with pytest.raises(DivergenceError, match="learning rate"):
-        quiet(network(), blobs(), epochs=50, batch_size=20, lr=1e20, optimizer="sgd")
+        quiet(model, blobs(), epochs=50, batch_size=20, lr=1e20, optimizer="sgd")
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -283,8 +340,12 @@ def test_bad_settings_raise(wrong):
 
 
 def test_nothing_to_train_raises():
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="training set is empty"):
         quiet(network(), blobs()[:0], epochs=1)
+    model = network()
+    with pytest.raises(ValueError, match="validation set is empty"):
+        quiet(model, blobs(), epochs=1, val=blobs()[:0])
+    assert torch.equal(weights(model), weights(network())), "before anything is trained"
     with pytest.raises(ValueError, match="no parameter"):
         quiet(network().requires_grad_(False), blobs(), epochs=1)
     with pytest.raises(ValueError, match="no parameter"):

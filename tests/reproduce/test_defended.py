@@ -258,6 +258,13 @@ def test_the_attack_asks_a_defense_with_other_draws(parts):
         assert torch.allclose(found[part], wanted, atol=1e-4)
 
 
+def test_more_images_than_there_are_draws_are_refused():
+    count = defended.MEASURE - defended.VERIFY
+    x, y = torch.zeros(count, 1, 2, 2), torch.zeros(count, dtype=torch.int64)
+    with pytest.raises(ValueError, match="1000 images: of more than 999"):
+        defended.adapted(nn.Flatten(), x, y, {"call": "adaptive.latent_walk", "norm": "l2"}, 0)
+
+
 def test_points_are_stretched_until_the_judge_is_fooled():
     x, y = torch.full((5, 1, 1, 2), 0.4), torch.zeros(5, dtype=torch.int64)
     reach = torch.tensor([0.52, 0.495, 0.46, 0.7, 0.4])

@@ -1,5 +1,8 @@
 """What Tables 3.1 to 4.2 of the thesis need: relative sizes, single steps, critics, judges."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +50,40 @@ def test_relative_sizes_have_numpys_quartiles_and_tukeys_whiskers():
     assert [got["q1"], got["median"], got["q3"]] == pytest.approx([q1, median, q3])
     assert [got["whisker-lo"], got["whisker-hi"]] == pytest.approx([inside.min(), inside.max()])
     assert got["whisker-hi"] < ratios.max()
+
+
+def test_whiskers_are_of_one_and_a_half_ranges():
+    """Sizes 10, 11, ..., 20 and two more, 1.45 interquartile ranges off the quartiles."""
+    sizes = torch.cat([torch.linspace(10, 20, 11), torch.tensor([0.0, 0.0])])
+    sizes[-2:] = torch.tensor([12 - 1.45 * 6, 18 + 1.45 * 6])
+    q1, q3 = np.quantile(sizes.numpy(), [0.25, 0.75])
+    assert (q1, q3) == pytest.approx((12, 18))
+    x = torch.full((13, 1, 1, 1), 0.01)
+    points = x + 0.01 * sizes.view(-1, 1, 1, 1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[0.0], [1.0]]))
+        model[1].bias.copy_(torch.tensor([0.0, -0.02]))
+    y = torch.zeros(13, dtype=torch.int64)
+    everyone = torch.ones(13, dtype=torch.bool)
+    got = MEASURES["relative"](Sample(model, x, y, everyone, [points], None, {"norm": "l2"}))
+    assert got["found"] == 1
+    assert got["whisker-lo"] == pytest.approx(12 - 1.45 * 6, rel=1e-4)
+    assert got["whisker-hi"] == pytest.approx(18 + 1.45 * 6, rel=1e-4)
+
+
+def test_an_attack_that_found_nothing_has_no_sizes_and_no_judges():
+    x, everyone = torch.full((5, 1, 2, 2), 0.1), torch.ones(5, dtype=torch.bool)
+    council = Committee({"a": lambda x: x[0].new_zeros(len(x))})
+    sample = Sample(plane(), x, 0 * everyone, everyone, [x], None, {"norm": "l2"})
+    got = MEASURES["relative"](sample)
+    assert got.pop("found") == 0
+    assert got.keys() == {"rho", "q1", "median", "q3", "whisker-lo", "whisker-hi"}
+    assert all(map(math.isnan, got.values()))
+    told = MEASURES["judged"](replace(sample, settings={"norm": "l2", "committee": council}))
+    assert told.pop("answers") == 0
+    assert told.keys() == {"change", "no-change", "rest", "right-on-clean", "change-a"}
+    assert all(map(math.isnan, told.values()))
 
 
 def test_single_steps_leave_the_box_or_not():
@@ -102,6 +139,16 @@ def test_convincing_are_images_that_network_and_committee_name_alike_and_wrong()
     assert got["convincing"] == pytest.approx([1 / 3, 2 / 3])
 
 
+def test_a_tie_convinces_nobody():
+    """As for every other measure: equal logits of the own class and another are no success."""
+    x = torch.full((2, 1, 2, 2), 0.25)  # both logits are 0
+    y, everyone = torch.tensor([1, 0]), torch.ones(2, dtype=torch.bool)
+    council = Committee({"a": lambda x: torch.zeros(len(x), dtype=torch.int64)})
+    given = {"committee": council}
+    got = MEASURES["convincing"](Sample(plane(), x, y, everyone, [x], [0.1], given))
+    assert (got["fooled"], got["convincing"]) == ([0], [0])
+
+
 def test_portraits_are_of_each_class_the_first_image(thesis):
     thesis.content["attacks"]["shown"] = thesis.content["attacks"]["own"] | {
         "images": 60,
@@ -151,6 +198,8 @@ def test_portraits_are_of_each_class_the_first_image(thesis):
 def thesis(bench):
     """A small version of the settings: a dropout variant, a critic, judges."""
     networks = bench.content["networks"]
+    # Not what fit_critic takes where nothing is said.
+    networks["fcnn"]["training"] |= {"batch_size": 50}
     networks["robust"] = networks["fcnn"] | {
         "seeds": 1,
         "loss": {"name": "defenses.adversarial.trades", "eps": 0.1, "steps": 2},
@@ -221,6 +270,25 @@ def test_people_get_the_images_of_the_networks_that_are_here(thesis, tmp_path):
     assert 0.9 * right <= len(got.y) <= right
 
 
+def test_a_network_that_was_not_fooled_is_left_out_of_what_people_see(thesis, monkeypatch, capsys):
+    plan = thesis.plan()
+    for defense in ("none", "dropout"):
+        steps.train(plan, Network("convex", "digits", "fcnn", defense, 0))
+    whole, kept = judging.collect, {"none"}
+
+    def some(networks, x, y, attack, **given):
+        lazy = set(networks) - kept
+        return whole(networks, x, y, (lambda model, x, y, **_: x) if lazy else attack, **given)
+
+    monkeypatch.setattr(judging, "collect", some)
+    got = judging.images(plan, plan.items["convex-3"], 20)
+    assert set(got.defense) == {"none"}
+    assert "dropout is left out: the attack fooled none" in capsys.readouterr().err
+    kept.clear()
+    with pytest.raises(ValueError, match="no row of convex-3 has images"):
+        judging.images(plan, plan.items["convex-3"], 20)
+
+
 def test_a_critic_s_classifier_is_that_of_fit_critic(thesis):
     plan, network = thesis.plan(), Network("convex", "digits", "fcnn", "critic", 1)
     steps.train(plan, network)
@@ -233,7 +301,7 @@ def test_a_critic_s_classifier_is_that_of_fit_critic(thesis):
     assert not list(plan.weights(network).parent.glob("checkpoint*"))
     model = models.build("mlp", sizes=[64, 16, 10], seed=1)
     critic = new_critic(1, sizes=(64, 16, 10))
-    options = {"weight": 0.5, "halve_every": 2, "steps": 2, "epochs": 3, "batch_size": 100}
+    options = {"weight": 0.5, "halve_every": 2, "steps": 2, "epochs": 3, "batch_size": 50}
     fit_critic(model, critic, data.load("digits").train, seed=1, progress=False, **options)
     x = data.load("digits").test.x[:20]
     assert steps._network(plan, network)(x).equal(model(x))

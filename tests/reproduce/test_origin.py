@@ -24,6 +24,13 @@ def test_outside_a_repository_there_is_no_commit(tmp_path, monkeypatch):
     assert made["modified"] is None
 
 
+def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    made = provenance([Path("some.py")], place=torch.device("cpu"))
+    assert made["commit"] is None
+    assert made["modified"] is None
+
+
 def test_files_that_differ_from_the_commit_are_named(tmp_path, monkeypatch):
     def git(*arguments):
         person = ("-c", "user.name=A", "-c", "user.email=a@b.example")

@@ -157,6 +157,12 @@ def test_partners_are_others_and_cover_all():
     assert not torch.equal(numbers, pairs.partners(3000, 10, seed=2))
 
 
+def test_one_image_has_no_partner():
+    for given in ((1,), (5, 1)):
+        with pytest.raises(ValueError, match="two images"):
+            pairs.partners(*given)
+
+
 def test_a_fresh_network_is_trained_on_pairs_made_for_the_other(plan):
     make(plan, VAE)
     vae, train = trained(plan, VAE), data.load("digits").train
