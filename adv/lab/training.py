@@ -87,8 +87,8 @@ def mixed(loss: Loss) -> Loss:
     and images are laid out with their channels last. Weights, their gradients and steps stay in
     float32; inputs, activations and logits are rounded to 8 binary digits (steps of 1/256 near 1),
     in attacks inside the loss too. Finite differences do not survive that: ``vat`` needs float32,
-    or ``xi`` of 0.1 or more. Processors with such units train convolutional networks in a third of
-    the time or less (``make bench``); on others it is no gain.
+    or ``xi`` of 0.1 or more. Processors with such units train large convolutional networks in a
+    third of the time or less (``make bench``); on others it is no gain.
 
     Args:
         loss: ``(model, x, y) -> scalar``.
