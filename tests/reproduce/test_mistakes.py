@@ -239,7 +239,7 @@ def test_a_mixed_training_is_mixed_in_each_of_its_stages(bench, monkeypatch, hal
     monkeypatch.setattr("adv.lab.training.cross_entropy", cross_entropy)
     monkeypatch.setattr(steps, "fit", watched)
     steps.train(bench.plan(), DIGITS)
-    assert stages == [(1, {half}), (1, {half})] if warmup else [(2, {half})]
+    assert stages == ([(1, {half}), (1, {half})] if warmup else [(2, {half})])
 
 
 def test_the_code_of_mixed_precision_counts_where_it_is_used(bench):
