@@ -294,7 +294,7 @@ def test_a_critic_s_classifier_is_that_of_fit_critic(thesis):
     steps.train(plan, network)
     record = read(plan.record(network))
     assert record["settings"]["training"]["critic"]["weight"] == 0.5
-    assert record["settings"]["training"]["training"] == {"epochs": 3, "batch_size": 100}
+    assert record["settings"]["training"]["training"] == {"epochs": 3, "batch_size": 50}
     assert record["values"]["epochs"] == 3
     assert record["values"]["verdict"]
     assert {"adv.lab.duel.fit_critic", "adv.lab.duel.new_critic"} <= record["code"].keys()
