@@ -59,9 +59,9 @@ class Jacobian:
 
     The model runs once, in evaluation mode, and its graph is kept: $J^\top w$ is a backward pass.
     Being linear in $w$ it can be differentiated by $w$, and $J u$ is that derivative: no layer
-    needs a forward mode. Layers have to be twice differentiable, which fused attention is not (use
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``). Memory is that of the graph, a small
-    multiple of the activations.
+    needs a forward mode. Layers have to be twice differentiable, which fused attention is not (let
+    ``torch.nn.attention`` use its backend ``MATH``). Memory is that of the graph, a small multiple
+    of the activations.
 
     Args:
         model: ``(B, ...) -> (B, ...)``, of any output shape, samples not interacting.
