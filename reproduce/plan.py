@@ -1,6 +1,6 @@
 """What there is to compute: the settings' tables and figures, the runs they need, what is missing.
 
-Nothing is computed here and PyTorch isn't needed, so that the Snakefile can be read quickly.
+Nothing is computed here: the Snakefile is read anew by every job.
 """
 
 import argparse
