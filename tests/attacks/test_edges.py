@@ -191,7 +191,6 @@ def test_indices_out_of_range_are_told_before_they_are_used(wrong):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_indices_are_checked_and_confidences_may_be_on_the_cpu(scene):
     model, x, y = scene
     J = Jacobian.of(torch.ones(2, 3, 4, device="cuda"))
