@@ -8,7 +8,7 @@ back from the device at most every 50th step (``settled``); nothing here touches
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from numbers import Real
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ Observe = Callable[[int, dict[str, Any]], None]
 
 TOLERANCE = 1e-6
 """A margin counts as negative below ``-TOLERANCE`` times the sample's largest absolute logit."""
+AT_ONCE = 2**20
+"""Entries of class gradients to take in one backward pass: more cost memory, and time on a CPU."""
 
 
 class GradientMaskingWarning(UserWarning):
@@ -205,10 +207,7 @@ def loss_gradient(
 def class_gradients(
     model: Model, x: Float[Tensor, "B ..."]
 ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K ..."]]:
-    """Logits and the Jacobian: all K class gradients of all samples in one vectorized pass.
-
-    The K vector-Jacobian products are batched; a model whose layers cannot be batched (some custom
-    backward functions) gets one backward pass for each class instead.
+    """Logits and the Jacobian: the K class gradients of all samples, as ``row_products`` has them.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
@@ -220,23 +219,49 @@ def class_gradients(
     with _recording():
         z = _plain(x).requires_grad_()
         logits = model(z)
-        count, classes = logits.shape
-        if not logits.requires_grad:
-            return logits.detach(), x.new_zeros(count, classes, *x.shape[1:])
-        rows = torch.eye(classes, dtype=logits.dtype, device=logits.device)
-        rows = rows[:, None].expand(classes, count, classes)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*batching rule.*")
-                (jacobian,) = torch.autograd.grad(
-                    logits, z, rows, is_grads_batched=True, retain_graph=True, allow_unused=True
-                )
-        except RuntimeError:
-            grads = [torch.autograd.grad(logits, z, row, retain_graph=True)[0] for row in rows]
-            jacobian = torch.stack(grads)
-    if jacobian is None:
-        return logits.detach(), x.new_zeros(count, classes, *x.shape[1:])
+        unit = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        rows = unit[:, None].expand(-1, len(z), -1)
+        blocks = rows.split(max(1, AT_ONCE // max(1, z.numel())))
+        jacobian = torch.cat([row_products(logits, z, some) for some in blocks])
     return logits.detach(), jacobian.transpose(0, 1)
+
+
+def row_products(
+    outputs: Float[Tensor, "*out"],
+    inputs: Float[Tensor, "*in"],
+    rows: Float[Tensor, "n *out"],
+    *,
+    create_graph: bool = False,
+) -> Float[Tensor, "n *in"]:
+    """Vector-Jacobian products with n vectors, in one vectorized backward pass.
+
+    Layers that cannot be batched (some custom backward functions) get one pass for each vector.
+
+    Args:
+        outputs: what was computed from ``inputs``, its graph kept.
+        inputs: a tensor that requires gradients.
+        rows: n vectors shaped like ``outputs``.
+        create_graph: whether the products are to be differentiated again.
+
+    Returns:
+        (n, ...) products shaped like ``inputs``; zero where no graph leads back to them.
+    """
+    zeros = rows.new_zeros(len(rows), *inputs.shape)
+    if not outputs.requires_grad:
+        return zeros
+
+    def grad(vectors: Tensor, **batched: bool) -> Any:
+        known = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+        return torch.autograd.grad(outputs, inputs, vectors, **known, **batched)[0]
+
+    if len(rows) > 1:
+        # A layer that cannot be batched raises, or is slow and says so.
+        with suppress(RuntimeError), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*batching rule.*")
+            products = grad(rows, is_grads_batched=True)
+            return zeros if products is None else products
+    single = [grad(row) for row in rows]
+    return zeros if single[0] is None else torch.stack(single)
 
 
 class GradientWatch:

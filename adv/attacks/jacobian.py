@@ -8,9 +8,7 @@ matrices; ``regression`` makes attacks of them.
 
 import math
 import sys
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -28,6 +26,7 @@ from adv.attacks.common import (
     eval_mode,
     expand,
     generator,
+    row_products,
     settled,
 )
 from adv.geometry import norm as norm_of
@@ -88,7 +87,7 @@ class Jacobian:
             self.x = x.detach().clone().requires_grad_()
             self._out = _outputs(model(self.x), len(x))
             self._w = torch.zeros_like(self._out).requires_grad_()
-            self._pulled = _products(self._out, self.x, self._w[None], create_graph=True)[0]
+            self._pulled = row_products(self._out, self.x, self._w[None], create_graph=True)[0]
         self.value = self._out.detach()
         self._size = self.x[0].numel(), self._out[0].numel()
 
@@ -104,12 +103,12 @@ class Jacobian:
     def jvp(self, u: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """$J u$, shaped like the output; ``u`` is shaped like the input, or flat."""
         _check_like("u", u, self.x, flat=True)
-        return _products(self._pulled, self._w, u.reshape(1, *self.x.shape))[0]
+        return row_products(self._pulled, self._w, u.reshape(1, *self.x.shape))[0]
 
     def vjp(self, w: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         r"""$J^\top w$, shaped like the input; ``w`` is shaped like the output, or flat."""
         _check_like("w", w, self.value, flat=True)
-        return _products(self._out, self.x, w.reshape(1, *self._out.shape))[0]
+        return row_products(self._out, self.x, w.reshape(1, *self._out.shape))[0]
 
     def gram(self, u: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         r"""$J^\top J u$, shaped like the input."""
@@ -178,24 +177,7 @@ class Jacobian:
         """Products (n, B, m) with the unit vectors of the ``indices``."""
         units = outputs.new_zeros(indices.shape[1], len(indices), outputs[0].numel())
         units.scatter_(2, indices.T[:, :, None], 1.0)
-        return _products(outputs, inputs, units.reshape(-1, *outputs.shape)).flatten(2)
-
-
-def _products(outputs: Tensor, inputs: Tensor, vectors: Tensor, **options: bool) -> Tensor:
-    """Vector-Jacobian products, each shaped like ``inputs``; ``vectors`` (n, ...) like outputs."""
-    if not outputs.requires_grad:  # no path leads back: the derivative is zero
-        return vectors.new_zeros(len(vectors), *inputs.shape)
-
-    def grad(v: Tensor, **more: bool) -> Tensor:
-        settings = {"retain_graph": True, "materialize_grads": True} | options | more
-        return torch.autograd.grad(outputs, inputs, v, **settings)[0]
-
-    if len(vectors) > 1:
-        # a layer that cannot be batched raises, or is slow and says so
-        with suppress(RuntimeError), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*batching rule.*")
-            return grad(vectors, is_grads_batched=True)
-    return torch.stack([grad(v) for v in vectors])
+        return row_products(outputs, inputs, units.reshape(-1, *outputs.shape)).flatten(2)
 
 
 def _outputs(out: Any, count: int) -> Tensor:

@@ -6,7 +6,6 @@ returns a loss ``(model, x, y) -> scalar`` for ``adv.lab.training.fit``; the gra
 gradient is taken for one class of each sample only, the one that attains the maximum.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adv.attacks.common import Loss as Values
-from adv.attacks.common import Model, check_labels, check_number, margin
+from adv.attacks.common import Model, check_labels, check_number, margin, row_products
 from adv.attacks.common import objective as named
 from adv.geometry import Norm, dual_norm, exponent
 
@@ -231,7 +230,9 @@ def contractive(weight: float) -> Loss:
         logits, z = _record(model, x)
         rows = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         rows = rows[:, None].expand(-1, len(z), -1)
-        squares = _products(logits, z, rows, create_graph=True).square().flatten(2).sum(dim=(0, 2))
+        squares = (
+            row_products(logits, z, rows, create_graph=True).square().flatten(2).sum(dim=(0, 2))
+        )
         return (functional.cross_entropy(logits, y, reduction="none") + weight * squares).mean()
 
     return total
@@ -269,7 +270,7 @@ def _lengths(logits: Tensor, z: Tensor, y: Tensor, norm: Norm) -> Tensor:
     unit = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     parts = []
     for some in unit.split(CLASSES_AT_ONCE):
-        differences = _products(logits, z, unit[y] - some[:, None])
+        differences = row_products(logits, z, unit[y] - some[:, None])
         parts.append(dual_norm(differences.flatten(0, 1), norm).view(len(some), -1))
     return torch.cat(parts).T
 
@@ -280,20 +281,3 @@ def _length(logits: Tensor, z: Tensor, y: Tensor, j: Tensor, norm: Norm) -> Tens
         lead = logits.gather(1, y[:, None]) - logits.gather(1, j[:, None])
         (gradient,) = torch.autograd.grad(lead.sum(), z, create_graph=True)
         return dual_norm(gradient, norm)
-
-
-def _products(logits: Tensor, z: Tensor, rows: Tensor, *, create_graph: bool = False) -> Tensor:
-    """(R, B, ...) vector-Jacobian products of R sets of rows (R, B, K), batched where it goes."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*batching rule.*")
-            return torch.autograd.grad(
-                logits, z, rows, is_grads_batched=True, retain_graph=True, create_graph=create_graph
-            )[0]
-    except RuntimeError:  # a layer without a batching rule: one pass for each
-        return torch.stack(
-            [
-                torch.autograd.grad(logits, z, row, retain_graph=True, create_graph=create_graph)[0]
-                for row in rows
-            ]
-        )

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from adv.attacks import common
 from adv.attacks.common import (
     TOLERANCE,
     Best,
@@ -21,6 +22,7 @@ from adv.attacks.common import (
     loss_gradient,
     margin,
     objective,
+    row_products,
     settled,
 )
 
@@ -182,6 +184,23 @@ def test_class_gradients_are_one_forward_pass(net, x):
     net.register_forward_hook(lambda *_: calls.append(1))
     class_gradients(net, x)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("blocks", "held"), [([4], 120), ([3, 1], 119), ([1, 1, 1, 1], 1)])
+def test_class_gradients_come_in_blocks(net, x, blocks, held, monkeypatch):
+    """Of as many classes as fit: 4 classes, 5 samples and 6 entries are 120 numbers."""
+    expected, seen = class_gradients(net, x), []
+
+    def counting(outputs, inputs, rows):
+        seen.append(len(rows))
+        return row_products(outputs, inputs, rows)
+
+    monkeypatch.setattr(common, "row_products", counting)
+    monkeypatch.setattr(common, "AT_ONCE", held)
+    logits, jacobian = class_gradients(net, x)
+    assert seen == blocks
+    assert torch.equal(logits, expected[0])
+    assert torch.allclose(jacobian, expected[1], rtol=1e-12)
 
 
 def test_watch_counts_stuck_samples_and_warns():

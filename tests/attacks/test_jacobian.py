@@ -514,3 +514,12 @@ def test_the_device_makes_no_difference():
     assert torch.equal(best_signs(J, r), best_signs(there, r.cuda()).cpu())
     gram = J.transpose(1, 2) @ J
     assert torch.allclose(sign_bound(gram), sign_bound(gram.cuda()).cpu())
+
+
+def test_no_graph_to_the_input_is_a_zero_jacobian(network):
+    """Even where the parameters ask for gradients."""
+    x = gaussian(3, 2, 4, 4, seed=1)
+    J = Jacobian(lambda z: network(z.detach()), x)
+    assert torch.equal(J.dense(), torch.zeros(3, 48, 32).double())
+    assert not J.jvp(torch.ones_like(x)).any()
+    assert not J.vjp(torch.ones_like(J.value)).any()
