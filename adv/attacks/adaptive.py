@@ -630,8 +630,9 @@ def distortion_search(
         update: ``"adam"``, or ``"sign"``: a sign step that grows linearly to ``lr``.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn here.
-        observe: called at each pass with ``x_adv``, ``logits``, ``weight`` and the best distances
-            so far, ``unverified`` and ``verified``, infinite where there is none.
+        observe: ``(step, state)``, called at each pass with ``x_adv``, ``logits``, ``weight`` and
+            the best distances so far, ``unverified`` and ``verified``, infinite where there is
+            none.
 
     Returns:
         (B, ...) the nearest verified inputs, inside ``bounds``; ``x`` itself where none was found.
@@ -786,8 +787,9 @@ def surface_search(
         scales: in how many even steps $t$ goes from ``reach`` down to 0, the input itself.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn here.
-        observe: called at each pass with ``codes``, ``x_adv`` at $t=1$, ``logits``, ``weight`` and
-            ``distance``, the nearest wrong code's so far on the surface, infinite where none is.
+        observe: ``(step, state)``, called at each pass with ``codes``, ``x_adv`` at $t=1$,
+            ``logits``, ``weight`` and ``distance``, the nearest wrong code's so far on the surface,
+            infinite where none is.
 
     Returns:
         (B, ...) the inputs, inside ``bounds``; ``x`` itself where no $t$ stood the test.
@@ -921,8 +923,8 @@ def latent_walk(
         halvings: of the segment between ``x`` and the point found; 0 for none.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn here.
-        observe: called at each step with ``x_adv``, ``logits``, ``images`` (B, K, ...) and
-            ``eta``.
+        observe: ``(step, state)``, called at each step with ``x_adv``, ``logits``, ``images`` (B,
+            K, ...) and ``eta``.
 
     Returns:
         (B, ...) the last point that fooled the model, inside ``bounds``; ``x`` where none did.

@@ -63,8 +63,8 @@ def deepfool(
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn; every attack takes one.
-        observe: called at each step with ``x_adv`` (the iterate), ``logits`` and ``distance``, the
-            (B, K) linearized distances.
+        observe: ``(step, state)``, called at each step with ``x_adv`` (the iterate), ``logits`` and
+            ``distance``, the (B, K) linearized distances.
 
     Returns:
         (B, ...) adversarial inputs inside ``bounds``; ``x`` itself where it is adversarial already

@@ -5,11 +5,14 @@ back from the device at most every 50th step (``settled``); nothing here touches
 ``.grad`` or the global random state.
 """
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from numbers import Real
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -23,11 +26,18 @@ Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 Objective = Literal["ce", "margin", "score"] | Loss
 Observe = Callable[[int, dict[str, Any]], None]
+"""``observe(step, state)``: a step's number, and by name the tensors that an attack tells."""
 
 TOLERANCE = 1e-6
 """A margin counts as negative below ``-TOLERANCE`` times the sample's largest absolute logit."""
+DEPTH = 3
+"""How deep in a function its networks are looked for."""
 AT_ONCE = 2**20
 """Entries of class gradients to take in one backward pass: more cost memory, and time on a CPU."""
+
+
+ONE_LOGIT = "write one logit f (B,) as torch.stack([torch.zeros_like(f), f], 1)"
+"""As its softmax is then the sigmoid of f; of (-f, f) it would be that of 2f."""
 
 
 class GradientMaskingWarning(UserWarning):
@@ -168,7 +178,7 @@ def input_gradient(
     """
     with _recording():
         z = _plain(x).requires_grad_()
-        value = objective(z)
+        value = objective(z.clone())  # which a layer may change in place
         if value.shape != x.shape[:1]:
             raise ValueError(
                 f"the objective must return shape ({len(x)},), one value for each sample, "
@@ -218,7 +228,7 @@ def class_gradients(
     """
     with _recording():
         z = _plain(x).requires_grad_()
-        logits = model(z)
+        logits = model(z.clone())
         unit = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         rows = unit[:, None].expand(-1, len(z), -1)
         blocks = rows.split(max(1, AT_ONCE // max(1, z.numel())))
@@ -371,14 +381,60 @@ def settled(flags: Bool[Tensor, " B"], step: int) -> bool:
 # ------------------------------------------------------------------------ modes and random draws
 
 
+def networks(model: Model) -> list[nn.Module]:
+    """The networks that run where a model is called: itself, or those that a function holds.
+
+    A function's are looked for in what it closes over, in the globals that it names, in its default
+    values, in the object of a bound method, in the arguments bound by ``functools.partial`` and in
+    the attributes of a callable object; there again, and in lists and dictionaries, ``DEPTH`` times
+    over. One that a function makes or loads itself is not seen.
+
+    Args:
+        model: a module or any other callable.
+
+    Returns:
+        The modules, each once.
+    """
+    found: list[nn.Module] = []
+    layer, seen = [model], {id(model)}
+    for _ in range(DEPTH + 1):
+        found += [one for one in layer if isinstance(one, nn.Module)]
+        inside = [part for one in layer if not isinstance(one, nn.Module) for part in _inside(one)]
+        layer = [part for part in inside if id(part) not in seen]
+        layer = list({id(part): part for part in layer}.values())
+        seen.update(map(id, layer))
+    return found
+
+
+def _inside(value: Any) -> list[Any]:
+    """What an object that can be called, or a collection, holds."""
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, FunctionType):
+        parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        with suppress(ValueError):  # a variable that has no value yet
+            bound = inspect.getclosurevars(value)
+            parts += [*bound.nonlocals.values(), *bound.globals.values()]
+        return parts
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, type | ModuleType):
+        return []
+    return list(getattr(value, "__dict__", {}).values())
+
+
 @contextmanager
 def eval_mode(model: Model) -> Iterator[None]:
     """Run a block with the model in evaluation mode; give each submodule its own flag back.
 
     Args:
-        model: a module; any other callable is left alone.
+        model: a module, or a function around ``networks``, which are all switched.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modules = [module for network in networks(model) for module in network.modules()]
     flags = [module.training for module in modules]
     try:
         for module in modules:
@@ -445,16 +501,17 @@ def check_inputs(
     check_number("eps", eps)
     for name, value in counts.items():
         check_count(name, value)
-    _check_placement(model, x)
-    with torch.no_grad(), eval_mode(model):
-        logits = model(x[:1].clone())  # lest layers that work in place change x
+    logits = _first(model, x)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the model must return logits (B, K); for one sample it gave {given}")
+        hint = f"; {ONE_LOGIT}" if given in ((), (1,)) else ""
+        raise ValueError(
+            f"the model must return logits (B, K); for one sample it gave {given}{hint}"
+        )
     if not logits.is_floating_point():
         raise TypeError(f"the model must return floating-point logits, not {logits.dtype}")
     if logits.shape[1] < 2:
-        raise ValueError("the model must return at least two classes; write f as (-f, f)")
+        raise ValueError(f"the model must return at least two classes; {ONE_LOGIT}")
     if not bool(logits.isfinite().all()):
         raise ValueError("the model's logits are not finite on the first sample")
     first, last = int(y.min()), int(y.max())
@@ -489,14 +546,7 @@ def check_outputs(
     check_number("eps", eps)
     for name, value in counts.items():
         check_count(name, value)
-    try:
-        with torch.no_grad(), eval_mode(model):
-            out = model(x[:1].clone())
-    except RuntimeError as error:
-        raise ValueError(
-            f"the model does not take x[:1], {x.dtype} of shape {tuple(x[:1].shape)} on "
-            f"{x.device}: {error}"
-        ) from error
+    out = _first(model, x)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         given = out.dtype if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(f"the model must return a floating-point tensor, not {given}")
@@ -558,8 +608,9 @@ def check_labels(x: Float[Tensor, "B ..."], y: Int[Tensor, " B"]) -> None:
         given = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y is an int64 tensor (B,) of labels, not {given}")
     if y.shape != x.shape[:1]:
+        hint = "" if y.numel() != 1 else f"; x is {tuple(x.shape)}: one image is x[None], y[None]"
         raise ValueError(
-            f"y has shape ({len(x)},), one label for each sample, not {tuple(y.shape)}"
+            f"y has shape ({len(x)},), one label for each sample, not {tuple(y.shape)}{hint}"
         )
     if y.device != x.device:
         raise ValueError(f"x is on {x.device} but y on {y.device}")
@@ -621,10 +672,18 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive, not 0")
 
 
-def _check_placement(model: Model, x: Tensor) -> None:
-    """Raise where a module's parameters live on another device or have another dtype than ``x``."""
-    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if weight is not None and weight.device != x.device:
-        raise ValueError(f"x is on {x.device} but the model on {weight.device}")
-    if weight is not None and weight.is_floating_point() and weight.dtype != x.dtype:
-        raise ValueError(f"x is {x.dtype} but the model {weight.dtype}; convert one of them")
+def _first(model: Model, x: Tensor) -> Any:
+    """What the model gives for the first sample.
+
+    Raises:
+        ValueError: it does not take it.
+    """
+    try:
+        with torch.no_grad(), eval_mode(model):
+            return model(x[:1].clone())  # which a layer may change in place
+    except RuntimeError as error:
+        told = f"{x.dtype} of shape {tuple(x[:1].shape)} on {x.device}"
+        weight = next((p for network in networks(model) for p in network.parameters()), None)
+        if weight is not None and (weight.dtype, weight.device) != (x.dtype, x.device):
+            told += f" (its weights are {weight.dtype} on {weight.device})"
+        raise ValueError(f"the model does not take x[:1], {told}: {error}") from error

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adv.attacks.boundary import boundary_step
 from adv.attacks.common import (
+    ONE_LOGIT,
     TOLERANCE,
     Best,
     Bounds,
@@ -74,14 +75,15 @@ def high_confidence(
         confidence: $c$ in (0, 1], one number or one for each sample; None for the confidence that
             the model has in its prediction at ``x``.
         norm: ``"linf"``, ``"l2"``, ``"l1"`` or any number $p\ge1$.
-        steps: linearizations at most; each costs two forward passes and one backward pass.
+        steps: linearizations at most; each costs two forward passes and one backward pass. Without
+            targets K gradients come first.
         overshoot: $\eta\ge0$. Where $\log p_t$ is concave the steps end short of $c$ without it.
         max_step: longest step, in the norm; None for no limit.
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn; every attack takes one.
-        observe: called at each step with ``x_adv`` (the iterate), ``log_p`` (of the target) and
-            ``target``.
+        observe: ``(step, state)``, called at each step with ``x_adv`` (the iterate), ``log_p`` (of
+            the target) and ``target``.
 
     Returns:
         (B, ...) points inside ``bounds`` that are classified as $t$, with $p_t\ge c$ (to 1e-6 in
@@ -285,7 +287,7 @@ def _check_classes(logits: Tensor, y: Tensor) -> None:
     """Raise unless there are two classes at least, and the labels are among them."""
     classes = logits.shape[1]
     if classes < 2:
-        raise ValueError("the model must return at least two classes; write f as (-f, f)")
+        raise ValueError(f"the model must return at least two classes; {ONE_LOGIT}")
     first, last = (int(value) for value in torch.aminmax(y))
     if first < 0 or last >= classes:
         raise ValueError(f"labels lie in 0..{classes - 1}, but they span {first}..{last}")

@@ -86,8 +86,8 @@ def gnm(
         bounds: smallest and largest value of an input; a step is the best one within them under
             linf, l2 and l1, and clipped to them under any other norm.
         seed: of the offsets.
-        observe: called at each step with ``x_adv`` (before the step), ``point`` (where the loss was
-            linearized), ``logits`` and ``gradient`` there.
+        observe: ``(step, state)``, called at each step with ``x_adv`` (before the step), ``point``
+            (where the loss was linearized), ``logits`` and ``gradient`` there.
 
     Returns:
         (B, ...) perturbed inputs, at most ``eps`` away and inside ``bounds``.
@@ -132,7 +132,8 @@ def successive_linearization(
         dither: radii of the random offsets at the first steps, as in ``gnm``.
         bounds: smallest and largest value of an input.
         seed: of the offsets.
-        observe: called at each step with ``x_adv``, ``point``, ``value`` and ``gradient``.
+        observe: ``(step, state)``, called at each step with ``x_adv``, ``point``, ``value`` and
+            ``gradient``.
 
     Returns:
         (B, ...) the last point, at most ``eps`` away and inside ``bounds``.

@@ -69,7 +69,8 @@ def fgsm(
         targeted: descend the loss of the targets instead.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn; every attack takes one.
-        observe: called once with the step 0 and ``x_adv``, ``logits``, ``gradient``.
+        observe: ``(step, state)``, called once with the step 0 and ``x_adv``, ``logits``,
+            ``gradient``.
 
     Returns:
         (B, ...) perturbed inputs, at most ``eps`` away and inside ``bounds``.
@@ -137,8 +138,8 @@ def pgd(
         targeted: descend the loss of the targets instead.
         bounds: smallest and largest value of an input.
         seed: of the random starts; under l2 and l1 a sample's depends on how many there are.
-        observe: called at each step (counted through all starts) with ``x_adv``, ``logits``,
-            ``gradient`` at the point, and ``restart``.
+        observe: ``(step, state)``, called at each step (counted through all starts) with ``x_adv``,
+            ``logits``, ``gradient`` at the point, and ``restart``.
 
     Returns:
         (B, ...) perturbed inputs, at most ``eps`` away and inside ``bounds``.
@@ -206,7 +207,7 @@ def random_noise(
         targeted: keep the draw with the largest margin of the target.
         bounds: smallest and largest value of an input.
         seed: of the draws.
-        observe: called at each draw with ``x_adv`` and ``logits``.
+        observe: ``(step, state)``, called at each draw with ``x_adv`` and ``logits``.
 
     Returns:
         (B, ...) the draw with the smallest margin, inside ``bounds``.

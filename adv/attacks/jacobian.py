@@ -245,7 +245,7 @@ def singular(
         steps: products with $J^\top J$ at most.
         tol: the iteration ends where no vector moves by more than this.
         seed: of the start.
-        observe: called at each step, as by ``ascend``.
+        observe: ``(step, state)``, called at each step, as by ``ascend``.
 
     Returns:
         ``vector`` (B, ...), of length 1, its sign arbitrary, 0 where $J=0$; ``value`` (B,),
@@ -290,7 +290,8 @@ def ascend(
             ``geometry.linear_oracle``, or ``steepest`` for the unit ball.
         steps: products with $J^\top J$ at most.
         tol: the iteration ends where no $\delta$ moves by more than this share of its length.
-        observe: called at each step with ``delta`` and ``moved`` (B,), that share.
+        observe: ``(step, state)``, called at each step with ``delta`` and ``moved`` (B,), that
+            share.
 
     Returns:
         (B, ...) the last $\delta$.

@@ -115,7 +115,8 @@ def latent_fgsm(
             (minus the label's logit) or a function.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn; every attack takes one.
-        observe: called once with the step 0 and ``z``, ``x_adv``, ``logits``, ``gradient``.
+        observe: ``(step, state)``, called once with the step 0 and ``z``, ``x_adv``, ``logits``,
+            ``gradient``.
 
     Returns:
         (B, ...) decoded images inside ``bounds``; their distance from ``x`` is not bounded.
@@ -178,8 +179,8 @@ def latent_pgd(
             (minus the label's logit) or a function.
         bounds: smallest and largest value of an input.
         seed: of the random starts.
-        observe: called at each step (counted through all starts) with ``z``, ``x_adv``, ``logits``,
-            ``gradient`` with respect to ``z``, and ``restart``.
+        observe: ``(step, state)``, called at each step (counted through all starts) with ``z``,
+            ``x_adv``, ``logits``, ``gradient`` with respect to ``z``, and ``restart``.
 
     Returns:
         (B, ...) decoded images inside ``bounds``; their distance from ``x`` is not bounded.
@@ -249,7 +250,7 @@ def latent_noise(
         kind: law of the noise, as in ``gradient.noise``.
         bounds: smallest and largest value of an input.
         seed: of the draws.
-        observe: called at each draw with ``z``, ``x_adv`` and ``logits``.
+        observe: ``(step, state)``, called at each draw with ``z``, ``x_adv`` and ``logits``.
 
     Returns:
         (B, ...) the decoded draw with the smallest margin, inside ``bounds``.

@@ -197,13 +197,13 @@ def pdpgd(
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
         seed: of the random points.
-        observe: called at each pass with ``x_adv``, ``logits``, ``margin``, ``gradient`` (of the
-            margin), ``distance`` (best so far), ``phase`` (``"scout"``, ``"trial"``, ``"explore"``,
-            ``"relaxed"``, ``"retreat"``, ``"game"``, ``"finetune"`` or ``"polish"``), ``index``
-            (the samples of the pass) and, in a game, the multiplier ``lam`` and the factor ``gain``
-            of the margin.
-            Samples where linearizations mislead are a batch or two of their own after the
-            scouting: step numbers then repeat, once for each batch.
+        observe: ``(step, state)``, called at each pass with ``x_adv``, ``logits``, ``margin``,
+            ``gradient`` (of the margin), ``distance`` (best so far), ``phase`` (``"scout"``,
+            ``"trial"``, ``"explore"``, ``"relaxed"``, ``"retreat"``, ``"game"``, ``"finetune"`` or
+            ``"polish"``), ``index`` (the samples of the pass) and, in a game, the multiplier
+            ``lam`` and the factor ``gain`` of the margin. Samples where linearizations mislead are
+            a batch or two of their own after the scouting: step numbers then repeat, once for each
+            batch.
 
     Returns:
         (B, ...) the nearest adversarial inputs seen, inside ``bounds``; ``x`` itself where it is

@@ -74,8 +74,8 @@ def lbfgs(
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn.
-        observe: called at each pass with ``x_adv`` (1, ...), ``logits``, ``weight`` and ``index``,
-            the sample's.
+        observe: ``(step, state)``, called at each pass with ``x_adv`` (1, ...), ``logits``,
+            ``weight`` and ``index``, the sample's.
 
     Returns:
         (B, ...) the nearest adversarial inputs seen, inside ``bounds``; ``x`` itself where it is
@@ -215,8 +215,8 @@ def carlini_wagner(
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn.
-        observe: called at each pass with ``x_adv``, ``logits``, ``weight`` (B,) and ``distance``,
-            the best so far.
+        observe: ``(step, state)``, called at each pass with ``x_adv``, ``logits``, ``weight`` (B,)
+            and ``distance``, the best so far.
 
     Returns:
         (B, ...) the nearest adversarial inputs seen, inside ``bounds``; ``x`` itself where it is

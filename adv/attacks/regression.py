@@ -104,9 +104,9 @@ def quadratic(
             between the signs.
         bounds: smallest and largest value of an input.
         seed: of the random directions.
-        observe: called at each step of an iteration and for each solution with ``x_adv`` and, in
-            an iteration, ``moved`` (B,), the share of its length by which $\delta$ changed, or
-            the solution's ``error`` (B,).
+        observe: ``(step, state)``, called at each step of an iteration and for each solution with
+            ``x_adv`` and, in an iteration, ``moved`` (B,), the share of its length by which
+            $\delta$ changed, or the solution's ``error`` (B,).
 
     Returns:
         (B, ...) perturbed inputs, at most ``eps`` away and inside ``bounds``.
@@ -199,8 +199,8 @@ def linear(
         bounds: smallest and largest value of an input; a step is the best one within them under
             linf, l2 and l1, and clipped to them under any other norm.
         seed: of the offset.
-        observe: called at each step with ``x_adv`` (before the step), ``point`` (where the error
-            was linearized), ``value`` and ``gradient`` there.
+        observe: ``(step, state)``, called at each step with ``x_adv`` (before the step), ``point``
+            (where the error was linearized), ``value`` and ``gradient`` there.
 
     Returns:
         (B, ...) the last point, at most ``eps`` away and inside ``bounds``.
@@ -281,8 +281,8 @@ def subset(
             gradient of its error.
         bounds: smallest and largest value of an input; part of the problem.
         seed: of the offset.
-        observe: called at each step with ``x_adv`` (after it), ``gain`` (B, S) of all groups (minus
-            infinity for those used before) and the chosen ``group`` (B,).
+        observe: ``(step, state)``, called at each step with ``x_adv`` (after it), ``gain`` (B, S)
+            of all groups (minus infinity for those used before) and the chosen ``group`` (B,).
 
     Returns:
         (B, ...) perturbed inputs inside ``bounds``, at most ``eps`` away under linf, with at most

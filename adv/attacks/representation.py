@@ -64,8 +64,8 @@ def match(
         random_start: start at a uniform point of the ball; else at ``x``.
         bounds: smallest and largest value of an input.
         seed: of the random starts.
-        observe: called at each step (counted through all starts) with ``x_adv``, ``distance`` (of
-            its code), ``gradient``, and ``restart``.
+        observe: ``(step, state)``, called at each step (counted through all starts) with ``x_adv``,
+            ``distance`` (of its code), ``gradient``, and ``restart``.
 
     Returns:
         (B, ...) perturbed sources, at most ``eps`` away and inside ``bounds``.

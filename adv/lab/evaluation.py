@@ -33,6 +33,7 @@ from adv.attacks.common import (
     check_range,
     input_gradient,
     is_adversarial,
+    networks,
 )
 from adv.geometry import Norm, exponent, pixels
 from adv.geometry import norm as length
@@ -120,7 +121,7 @@ def success(
     parts: list[Tensor] = []
     with torch.no_grad():
         for part in _chunks(len(x_adv), chunk):
-            logits = model(x_adv[part])
+            logits = model(x_adv[part].clone())  # which a layer may change in place
             if not parts:
                 _check_logits(logits, y)
             parts.append(is_adversarial(logits, y[part], targeted))
@@ -233,7 +234,8 @@ def perturb(
         y: (N,) true labels, or the targets of a targeted attack.
         attack: ``(model, x, y, *, ...) -> x_adv``.
         eps: radius; None for a minimal-norm attack.
-        norm: norm of the radius (l0 counts pixels); by default the attack's own.
+        norm: norm of the radius (l0 counts pixels); by default the attack's own. An attack to which
+            a penalty of the caller's own is bound keeps it, and is measured in ``norm``.
         bounds: smallest and largest value of an input.
         seed: of the first chunk; a later one gets ``seed`` plus its first sample's index.
         chunk: samples attacked at once.
@@ -259,7 +261,7 @@ def perturb(
     accepted = {"eps": eps, "norm": norm, "bounds": bounds}
     if eps is None:
         del accepted["eps"]
-    if not _takes(attack, "norm"):
+    if not _takes(attack, "norm") or not _named(_default(attack, "norm")):
         del accepted["norm"]
     parts = []
     for part in _chunks(len(x), chunk):
@@ -370,9 +372,12 @@ def minimal_norms(
         as it is, infinity where the attack found nothing.
 
     Raises:
-        ValueError: bad input, a targeted attack, or one that cheats, as ``perturb`` says; a model
-            that returns NaN or infinite logits.
+        ValueError: bad input, a targeted attack, one with a radius, or one that cheats, as
+            ``perturb`` says; a model that returns NaN or infinite logits.
     """
+    radius = inspect.signature(attack).parameters.get("eps")
+    if radius is not None and radius.default is not None:
+        raise ValueError("the attack has a radius, eps, and goes that far: use robust_accuracy()")
     options = _resolved(model, x, attack, options)
     chunk = options["chunk"]
     correct = _judged(model, x, y, targeted=True, chunk=chunk)
@@ -446,8 +451,8 @@ def chunk_size(model: Model, x: Float[Tensor, "N ..."], memory: int, *, limit: i
     The first sample is sent through the model and back. What counts is what the graph keeps for the
     backward pass (each storage once, without the model's parameters and buffers), the input, the
     logits, and the gradients of both. An attack's own copies of its inputs and a backend's scratch
-    space come on top, and an attack that takes all K class gradients at once (DeepFool) needs up to
-    K times as much: give a part of the memory that is free.
+    space come on top, and an attack that takes all K class gradients (DeepFool, the first step of
+    ``high_confidence``) holds K times the input: give a part of the memory that is free.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, in evaluation mode.
@@ -474,8 +479,11 @@ def chunk_size(model: Model, x: Float[Tensor, "N ..."], memory: int, *, limit: i
 
 def _kept(model: Model, x: Tensor) -> int:
     """Bytes that the passes of a batch keep."""
-    module = model if isinstance(model, nn.Module) else nn.Module()
-    lasting = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    lasting = {
+        tensor.untyped_storage().data_ptr()
+        for network in networks(model)
+        for tensor in (*network.parameters(), *network.buffers())
+    }
     # The storages are held until the end, or another one could take an address once counted.
     kept: dict[int, torch.UntypedStorage] = {}
     ends = [x]
@@ -647,12 +655,20 @@ def _takes(attack: Attack, name: str) -> bool:
 
 
 def _norm_of(attack: Attack, given: Norm | None) -> Norm:
-    if given is not None:
-        return given
-    norm = _default(attack, "norm")
+    norm = _default(attack, "norm") if given is None else given
+    if not _named(norm):
+        raise TypeError(
+            "a norm to measure in has a name: bind a penalty of your own to the attack with "
+            "functools.partial(attack, norm=...), and say norm=... here"
+        )
     if norm is None:
         raise ValueError("say norm=...: the attack has none of its own")
     return norm
+
+
+def _named(norm: Any) -> bool:
+    """Whether it is a norm's name or number, or none, and not the caller's own penalty."""
+    return norm is None or isinstance(norm, str | Real)
 
 
 def _default(attack: Attack, name: str) -> Any:
@@ -669,8 +685,10 @@ def _check(model: Model, x: Tensor, y: Tensor, chunk: int, bounds: Bounds = FINI
 
 
 def _check_mode(model: Model) -> None:
-    if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-        raise ValueError("the model is in training mode; call model.eval() before measuring it")
+    for network in networks(model):
+        if any(module.training for module in network.modules()):
+            whose = "the model" if network is model else f"{type(network).__name__} in the model"
+            raise ValueError(f"{whose} is in training mode; call its eval() before measuring it")
 
 
 def _check_logits(logits: Any, y: Tensor) -> None:

@@ -2,11 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from numbers import Real
 from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any, Literal
 
 import numpy as np
@@ -107,8 +109,6 @@ def mixed(loss: Loss) -> Loss:
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             return loss(model, x, y).float()
 
-    # By its name a checkpoint knows a loss.
-    value.__qualname__ = f"mixed({getattr(loss, '__qualname__', type(loss).__name__)})"
     return value
 
 
@@ -139,7 +139,7 @@ def fit(
 
     Args:
         model: trained on the device that holds its parameters; only those that require gradients.
-        train: the training set, ``x`` (N, C, H, W) and ``y`` (N,).
+        train: the training set, ``data.Split(x, y)`` with ``x`` (N, C, H, W) and ``y`` (N,).
         loss: ``(model, x, y) -> scalar``, a mean over the batch; called in training mode.
         epochs: passes through the training set, at least 1.
         batch_size: samples a step; the last batch of an epoch may be smaller.
@@ -151,8 +151,8 @@ def fit(
         score: ``(model, x, y) -> float`` on ``val`` in evaluation mode, higher is better.
         seed: of the order, dropout and attacks. The initial weights are the caller's.
         checkpoint: file written after each epoch, and resumed from where it exists. It is kept.
-            Callables are recognized by their names, not by the settings inside them; the model by
-            its layers and the shapes of its tensors.
+            Functions are recognized by their names and the settings bound in them, the model by its
+            layers and the shapes of its tensors (not by its first weights: a file is for one run).
         observe: called as ``observe(epoch, model)`` after each epoch, in evaluation mode.
         progress: show a bar on stderr; the environment variable ``TQDM_DISABLE=1`` also hides it.
 
@@ -160,7 +160,7 @@ def fit(
         Mean loss, score and seconds of each epoch, those before a resume included.
 
     Raises:
-        TypeError: ``epochs`` or ``batch_size`` is no integer.
+        TypeError: ``epochs`` or ``batch_size`` is no integer, a set is no ``Split``.
         ValueError: on an empty set, settings out of range, nothing to train, or a checkpoint that
             is damaged or another run's.
         DivergenceError: where the loss is not finite.
@@ -224,6 +224,9 @@ def _check(
     lr: float,
     schedule: Schedule,
 ) -> None:
+    for name, split in (("train", train), ("val", val)):
+        if not isinstance(split, Split | None):
+            raise TypeError(f"{name} is a data.Split(x, y), not {type(split).__name__}")
     if len(train) == 0:
         raise ValueError("the training set is empty")
     if val is not None and len(val) == 0:
@@ -333,14 +336,53 @@ def _best(scores: list[float]) -> int:
 
 
 def _told(run: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings as a file can hold them: callables by name, data by checksums."""
+    """A run's settings as a file can hold them: data by checksums, callables as text."""
 
     def told(value: Any) -> Any:
         if isinstance(value, Split):
             return checkpoints.checksums(value.x, value.y)
         if isinstance(value, nn.Module):
             return checkpoints.described(value)
-        named = getattr(value, "__qualname__", type(value).__name__)
-        return named if callable(value) else value
+        return _text(value) if callable(value) else value
 
     return {name: told(value) for name, value in run.items()}
+
+
+def _text(value: Any, depth: int = 4) -> str:
+    """A setting as text: numbers and names, and callables with what is bound in them.
+
+    Of other things, and of what is nested deeper, the kind alone: text must be the same in each
+    process.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, nn.Module) or not depth:
+        return type(value).__name__
+    inner = partial(_text, depth=depth - 1)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(inner, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {inner(one)}' for name, one in value.items())}}}"
+    if isinstance(value, partial):
+        bound: dict[str, Any] = {"args": value.args} | value.keywords
+        name = f"partial {inner(value.func)}"
+    elif isinstance(value, FunctionType):
+        name, code = value.__qualname__, value.__code__
+        cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
+        bound = {key: _content(cell) for key, cell in cells}
+        bound |= {"defaults": value.__defaults__, **(value.__kwdefaults__ or {})}
+        if name.endswith("<lambda>"):
+            bound["constants"] = [c for c in code.co_consts if isinstance(c, Real | str)]
+    else:
+        return getattr(value, "__qualname__", type(value).__name__)
+    told = [f"{key}={inner(one)}" for key, one in bound.items() if one is not None]
+    return f"{name}({', '.join(told)})" if told else name
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that has no value yet
+        return None

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,10 +22,12 @@ from adv.attacks.common import (
     is_adversarial,
     loss_gradient,
     margin,
+    networks,
     objective,
     row_products,
     settled,
 )
+from adv.attacks.gradient import fgsm
 
 
 @pytest.fixture
@@ -275,6 +278,108 @@ def test_eval_mode_gives_each_flag_back():
     assert [module.training for module in model.modules()] == [True, True, False, False]
     with eval_mode(torch.tanh):
         pass
+
+
+class Wrapper:
+    def __init__(self, net):
+        self.parts = [net]
+
+    def logits(self, x):
+        return self.parts[0](x)
+
+
+def around(net):
+    """Functions that call a network, each of which holds it in another way."""
+
+    def default(x, net=net):
+        return net(x)
+
+    def only(x, *, net=net):
+        return net(x)
+
+    def deep(x):
+        return default(x)
+
+    return {
+        "closure": lambda x: net(x),
+        "default": default,
+        "keyword": only,
+        "two functions": deep,
+        "method": Wrapper(net).logits,
+        "partial": partial(lambda net, x: net(x), net),
+        "keyword of a partial": partial(lambda x, net: net(x), net=net),
+        "bound call": net.forward,
+        "module": net,
+    }
+
+
+@pytest.mark.parametrize("way", list(around(nn.Identity())))
+def test_networks_inside_functions_are_found(way):
+    net = nn.Dropout(0.9).train()
+    model, x = around(net)[way], torch.ones(3, 50)
+    assert networks(model) == [net]
+    with eval_mode(model):
+        assert torch.equal(model(x), x)
+    assert net.training
+
+
+def test_globals_that_a_function_names_are_found(monkeypatch):
+    net = nn.Dropout(0.9).train()
+    monkeypatch.setitem(globals(), "GLOBAL", net)
+    assert networks(lambda x: GLOBAL(x)) == [net]
+    assert networks(lambda x: torch.tanh(x)) == []
+    assert networks(nn.Dropout) == []
+
+
+def test_a_variable_without_a_value_holds_no_network():
+    def model(x):
+        return later(x)
+
+    assert networks(model) == []
+    later = nn.Identity()
+    assert networks(model) == [later]
+
+
+def test_a_wrapped_network_is_attacked_in_evaluation_mode(net, x):
+    torch.manual_seed(0)
+    free = nn.Sequential(*net, nn.BatchNorm1d(4), nn.Dropout(0.5)).double().train()
+    before = free[4].running_mean.clone()
+    state = torch.get_rng_state()
+    x_adv = fgsm(lambda z: {"logits": free(z)}["logits"], x, Y, eps=0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(free[4].running_mean, before)
+    assert all(module.training for module in free.modules())
+    assert torch.equal(x_adv, fgsm(free.eval(), x, Y, eps=0.1))
+
+
+def test_layers_that_work_in_place_change_no_input(net, x):
+    scale = lambda z: net(z.sub_(0.5).mul_(2.0))  # noqa: E731
+    plain = lambda z: net((z - 0.5) * 2.0)  # noqa: E731
+    kept = x.clone()
+    for function in (class_gradients, partial(loss_gradient, y=Y, loss=objective("ce"))):
+        for got, expected in zip(function(scale, x), function(plain, x), strict=True):
+            assert torch.allclose(got, expected, rtol=1e-12)
+    assert torch.equal(fgsm(scale, x, Y, eps=0.1), fgsm(plain, x, Y, eps=0.1))
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_one_logit_is_told_how_to_become_two(net, x, shape):
+    with pytest.raises(ValueError, match=r"stack\(\[torch.zeros_like\(f\), f\], 1\)"):
+        fgsm(lambda z: net(z)[:, 0].reshape(shape), x, Y, eps=0.1)
+    f = torch.tensor([-2.0, 0.3], dtype=torch.float64)
+    two = torch.stack([torch.zeros_like(f), f], 1)
+    assert torch.allclose(two.softmax(dim=1)[:, 1], f.sigmoid())
+
+
+def test_a_missing_batch_axis_is_named(net, x):
+    with pytest.raises(ValueError, match=r"x\[None\], y\[None\]"):
+        fgsm(net, x[0], Y[0], eps=0.1)
+
+
+def test_a_model_that_takes_no_such_input_says_why(net, x):
+    with pytest.raises(ValueError, match=r"float32 of shape .*its weights are torch.float64"):
+        fgsm(net, x.float(), Y, eps=0.1)
 
 
 def test_generator_is_its_own():

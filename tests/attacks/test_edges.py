@@ -3,6 +3,7 @@
 What is here went wrong silently, or far from its cause, on inputs that are rare but allowed.
 """
 
+import copy
 import importlib
 import inspect
 import math
@@ -149,6 +150,16 @@ def test_models_may_be_more_precise_than_their_inputs(attack, settings, scene):
     assert x_adv.isfinite().all()
     if "eps" not in given:
         assert torch.allclose(x_adv, call(attack, model, x, y, **settings), atol=0.02)
+
+
+@pytest.mark.parametrize("attack", list(attacks()))
+@pytest.mark.filterwarnings("ignore")
+def test_models_may_calculate_in_half_precision_inside(attack, scene):
+    model, x, y = scene
+    half = copy.deepcopy(model).bfloat16()
+    x_adv = call(attack, lambda z: half(z.bfloat16()), x, y)
+    assert x_adv.dtype == x.dtype
+    assert x_adv.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["linf", "l2", "l1", "l0", "l1/2"])

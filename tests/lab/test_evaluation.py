@@ -572,3 +572,50 @@ def test_psnr_refuses_what_it_cannot_compare():
     for peak in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="peak"):
             ev.psnr(x, x, peak=peak)
+
+
+# -------------------------------------------------------------------- what users bring with them
+
+
+def test_a_network_in_training_mode_inside_a_function_is_told():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.Dropout(0.5))
+    x, y = torch.rand(4, 6), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="Sequential in the model is in training mode"):
+        ev.accuracy(lambda z: {"logits": net(z)}["logits"], x, y)
+    net.eval()
+    assert ev.accuracy(lambda z: {"logits": net(z)}["logits"], x, y) == ev.accuracy(net, x, y)
+
+
+def test_layers_that_work_in_place_change_no_input(problem):
+    model, x, y, *_ = problem
+    kept = x.clone()
+    shifted = lambda z: model(z.sub_(0.5).add_(0.5))  # noqa: E731
+    assert ev.accuracy(shifted, x, y) == ev.accuracy(model, x, y)
+    assert ev.robust_accuracy(shifted, x, y, fgsm, 0.1) == ev.robust_accuracy(
+        model, x, y, fgsm, 0.1
+    )
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("attack", [fgsm, partial(fgsm, eps=0.1)], ids=["free", "bound"])
+def test_an_attack_with_a_radius_has_no_minimal_norm(problem, attack):
+    with pytest.raises(ValueError, match="use robust_accuracy"):
+        ev.minimal_norms(*problem[:3], attack)
+
+
+def test_a_penalty_of_ones_own_is_bound_to_the_attack_and_measured_in_a_norm(problem):
+    seen = []
+
+    def own(model, x, y, *, norm="l2", bounds=(0.0, 1.0), seed=0):
+        seen.append(norm)
+        return nearest(model, x, y, norm="l2", bounds=bounds, seed=seed)
+
+    mine = object()
+    with pytest.raises(TypeError, match="bind a penalty of your own"):
+        ev.minimal_norms(*problem[:3], own, norm=mine)
+    with pytest.raises(TypeError, match="bind a penalty of your own"):
+        ev.minimal_norms(*problem[:3], partial(own, norm=mine))
+    assert not seen
+    norms = ev.minimal_norms(*problem[:3], partial(own, norm=mine), norm="l2")
+    assert seen == [mine]
+    assert torch.equal(norms, ev.minimal_norms(*problem[:3], nearest, norm="l2"))

@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 
 from adv.defenses.adversarial import adversarial_loss, trades
 from adv.defenses.margin import margin_loss
-from adv.lab import models
+from adv.lab import models, training
 from adv.lab.data import Split
 from adv.lab.training import (
     DivergenceError,
@@ -289,8 +290,66 @@ def test_mixed_losses_that_attack_reach_every_parameter(loss):
 def test_the_checkpoint_of_another_mixed_loss_is_refused(tmp_path):
     given = {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
     quiet(network(), blobs(), loss=mixed(cross_entropy), **given)
-    with pytest.raises(ValueError, match=r"loss = mixed\(cross_entropy\) there"):
+    with pytest.raises(ValueError, match=r"loss = mixed\S+\(loss=cross_entropy\) there"):
         quiet(network(), blobs(), loss=mixed(reconstruction), **given)
+
+
+def bound(way, eps):
+    """Losses that differ by a number, kept in different places."""
+
+    def own(model, x, y):
+        return eps * cross_entropy(model, x, y)
+
+    def default(model, x, y, *, eps=eps):
+        return eps * cross_entropy(model, x, y)
+
+    ways = {
+        "attack": adversarial_loss("pgd", eps=eps, steps=1),
+        "mixed": mixed(trades(eps, steps=1)),
+        "closure": own,
+        "default": default,
+        "lambda": [
+            lambda m, x, y: 0.5 * cross_entropy(m, x, y),
+            lambda m, x, y: 0.25 * cross_entropy(m, x, y),
+        ][eps == 0.25],
+        "partial": partial(default, eps=eps),
+        "list": (lambda rates: lambda m, x, y: rates[0] * cross_entropy(m, x, y))([eps]),
+        "dictionary": (lambda d: lambda m, x, y: d["eps"] * cross_entropy(m, x, y))({"eps": eps}),
+    }
+    return ways[way]
+
+
+WAYS = ["attack", "mixed", "closure", "default", "lambda", "partial", "list", "dictionary"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("other", [0.25, 0.0])
+def test_a_checkpoint_knows_the_settings_bound_in_a_loss(way, other, tmp_path):
+    if way == "lambda" and other == 0:
+        pytest.skip("two lambdas are enough")
+    given = {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
+    images = Split(blobs().x.sigmoid(), blobs().y)
+    first = quiet(network(), images, loss=bound(way, 0.5), **given)
+    assert quiet(network(), images, loss=bound(way, 0.5), **given) == first
+    with pytest.raises(ValueError, match="another run"):
+        quiet(network(), images, loss=bound(way, other), **given)
+
+
+def test_settings_are_told_the_same_in_each_process():
+    """No addresses: of objects without a name only the kind."""
+    made = partial(bound("attack", 0.5), model=network(), other=[object()], data=np.float64(2))
+    text = training._text(made)
+    assert " at 0x" not in text
+    assert "model=Sequential" in text
+    assert "other=[object]" in text
+    assert "data=2.0" in text
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_a_set_is_a_split(which):
+    data = {"train": blobs()} | {which: (blobs().x, blobs().y)}
+    with pytest.raises(TypeError, match=rf"{which} is a data.Split\(x, y\), not tuple"):
+        fit(network(), data.pop("train"), epochs=1, progress=False, **data)
 
 
 def test_the_generators_of_all_devices_are_put_back(monkeypatch):
