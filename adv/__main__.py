@@ -11,7 +11,7 @@ import sqlite3
 import sys
 import warnings
 import webbrowser
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from functools import partial
@@ -68,6 +68,15 @@ class NormName(StrEnum):
     l1 = "l1"
 
 
+def _radius(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not a number; several take one --eps each: --eps 0.1 --eps 0.2"
+        ) from error
+
+
 @app.callback()
 def start() -> None:
     """What comes before every command."""
@@ -82,12 +91,19 @@ def info() -> None:
     for package in PACKAGES:
         typer.echo(f"  {package} {importlib.metadata.version(package)}")
     typer.echo(f"device: {_describe(adv.lab.device())}")
+    fault = ""
     with _friendly():
         typer.echo("data:")
-        _echo_rows((each.name, each.state) for each in data.found())
+        try:
+            _echo_rows((each.name, each.state) for each in data.found())
+        except (ValueError, OSError) as error:  # of ADV_DATA; the weights are elsewhere
+            fault = str(error)
+            typer.echo(f"  {fault}")
         typer.echo("weights:")
         paths = {name: zoo.entry(name).path for name in zoo.names()}
         _echo_rows((n, "found" if p.is_file() else "not trained") for n, p in paths.items())
+    if fault:
+        raise typer.Exit(1)
 
 
 @app.command("data")
@@ -132,7 +148,10 @@ def evaluate(
     data_name: Annotated[str, typer.Option("--data", help="Data set; its test part is used.")],
     norm: Annotated[NormName, typer.Option(help="Norm of the perturbation.")] = NormName.linf,
     eps: Annotated[
-        list[float] | None, typer.Option(help="Radius in pixel units [0, 1]; may be repeated.")
+        list[float] | None,
+        typer.Option(
+            parser=_radius, metavar="<float>", help="Radius in pixel units [0, 1]; may be repeated."
+        ),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="safetensors file or PyTorch state dict for the factory.")
@@ -186,9 +205,17 @@ def ask(
     ] = None,
     network: Annotated[
         list[str] | None,
-        typer.Option(help="Network of the zoo whose images to ask about; may be repeated."),
+        typer.Option(
+            help="Network of the zoo whose images to ask about; may be repeated. "
+            f"Left out: {', '.join(JUDGED)}."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="First test images attacked on each.")] = 50,
+    samples: Annotated[
+        int,
+        typer.Option(
+            help="First test images attacked on each network, but for those it gets wrong."
+        ),
+    ] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the order of the images.")] = 0,
     table: Annotated[bool, typer.Option("--table", help="Show the shares and end.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the answers here and end.")] = None,
@@ -203,7 +230,9 @@ def ask(
     carried to the nearest class, with the confidence that the network had before.
     """
     with _friendly():
-        study = _study(store, images, network or [], samples, seed, new=not (table or csv))
+        make = _study(store, images, network or [], samples, seed, new=not (table or csv))
+        if table or csv is not None:
+            study = make()
         if csv is not None:
             csv.write_text(study.csv(), encoding="utf-8")
         if table:
@@ -211,8 +240,8 @@ def ask(
             typer.echo(rows.to_string() if len(rows) else "no answers yet")
         if table or csv is not None:
             return
-        with annotate.serve(study, port=port) as server:
-            address = f"http://127.0.0.1:{server.server_port}/"
+        with annotate.serve(make, port=port) as server:
+            address, study = f"http://127.0.0.1:{server.server_port}/", server.study
             typer.echo(f"{study.total} images in {study.forms} forms at {address} (Ctrl+C ends)")
             if browser:
                 webbrowser.open(address)
@@ -222,18 +251,18 @@ def ask(
 
 def _study(
     store: Path, images: Path | None, networks: list[str], samples: int, seed: int, *, new: bool
-) -> annotate.Study:
-    """The study of a file, or a new one in its place."""
+) -> Callable[[], annotate.Study]:
+    """What opens the study of a file, or makes a new one in its place, of arguments that fit."""
     if images is not None and networks:
         raise typer.BadParameter("--images brings its own networks; leave --network out")
     if store.exists() or not new:
         if images is not None or networks:
             raise typer.BadParameter(f"{store} has its images already; give another name")
-        return annotate.Study(store)
+        return partial(annotate.Study, store)
     if not store.parent.is_dir():
         raise UnusableError(f"no folder {store.parent} for {store.name}; make it first")
     if images is not None:
-        return annotate.Study.create(store, annotate.Collection.load(images), seed=seed)
+        return partial(annotate.Study.create, store, annotate.Collection.load(images), seed=seed)
     names = networks or list(JUDGED)
     for name in names:
         _known(name, zoo.names(), "network")
@@ -242,8 +271,13 @@ def _study(
         raise typer.BadParameter("the networks must be of one data set")
     test = data.load(source).test.take(samples)
     loaded = {name: zoo.load(name) for name in names}
-    found = annotate.collect(loaded, test.x, test.y, high_confidence, confidence=None, steps=200)
-    return annotate.Study.create(store, found, seed=seed)
+
+    def make() -> annotate.Study:
+        settings: dict[str, Any] = {"confidence": None, "steps": 200}
+        found = annotate.collect(loaded, test.x, test.y, high_confidence, **settings)
+        return annotate.Study.create(store, found, seed=seed)
+
+    return make
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -332,9 +366,10 @@ def _device(name: str | None) -> torch.device:
     return chosen
 
 
-def _known(name: str, known: Any, what: str) -> str:
+def _known(name: str, known: Sequence[str], what: str, *, note: str = "") -> str:
     if name not in known:
-        raise typer.BadParameter(f"no {what} {name!r}; there are {', '.join(known)}")
+        there = adv.lab.known(name, known, "adv info")
+        raise typer.BadParameter(f"no {what} {name!r}{note}; {there}")
     return name
 
 
@@ -353,7 +388,8 @@ class UnusableError(ValueError):
 def _network(model: str, weights: Path | None, device: torch.device) -> nn.Module:
     """A network of the zoo, or what the factory makes with the weights loaded into it."""
     if ":" not in model:
-        _known(model, zoo.names(), "network (nor is it an import path package.module:factory)")
+        note = " (nor is it an import path package.module:factory)"
+        _known(model, zoo.names(), "network", note=note)
         if weights is not None:
             raise typer.BadParameter(f"{model!r} brings its own weights; leave --weights out")
         return zoo.load(model, device=device)

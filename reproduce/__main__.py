@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
 def make(given: argparse.Namespace) -> int:
     """What the command line asks for."""
     plan = Plan.given(given)
+    if given.list:
+        print("\n".join(plan.items))
+        return 0
     items = [plan.item(name) for name in dict.fromkeys(given.names or plan.items)]
     cells = [cell for item in items for cell in item.cells.values()]
     refuse_unknown(plan.only, sorted({cell.model for cell in cells}), "network")
@@ -98,7 +101,8 @@ def command(
     line += [f"{key}={' '.join(getattr(plan, key))}" for key in ("only", "skip")]
     line += [f"datasets={' '.join(there)}"]
     line += ["--cores", given.cores] if given.cores else []
-    line += ["--dry-run", "--quiet", "rules"] if given.dry else []
+    # What would run has been said; its header and its two tables of jobs say no more.
+    line += ["--dry-run", "--quiet", "rules", "progress", "host"] if given.dry else []
     return [*line, *given.snakemake, "--", *(str(plan.output(item)) for item in items)]
 
 
@@ -150,6 +154,7 @@ def duration(seconds: float) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m reproduce", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="such as convex-3; default: all")
+    parser.add_argument("--list", action="store_true", help="print all names, and end")
     parser.add_argument("--dry", action="store_true", help="only show what would run")
     parser.add_argument("--profile", default="local", help="local, slurm, or a profile's folder")
     parser.add_argument("--cores", default=os.environ.get("CORES", ""), help="jobs at a time")

@@ -12,20 +12,29 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (name.strip() for name in text.split(","))))
 
 
-def refuse_unknown(given: Iterable[str], names: Iterable[str], what: str) -> None:
+def refuse_unknown(
+    given: Iterable[str], names: Iterable[str], what: str, *, where: str = ""
+) -> None:
     """Check names.
 
     Args:
         given: the names that a command line has.
         names: those that there are.
         what: what they are names of, such as ``"norm"``.
+        where: what lists them, if they are too many for a message.
 
     Raises:
-        ValueError: a name that there isn't; the message tells those that there are.
+        ValueError: a name that there isn't; the message tells those that there are, or of many
+            only the closest.
     """
     names = list(names)
     if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"no {what} {', '.join(unknown)}; there are {', '.join(names)}")
+        there = f"there are {', '.join(names)}"
+        if where:
+            from adv.lab import known  # takes seconds: PyTorch
+
+            there = known(unknown[0], names, where)
+        raise ValueError(f"no {what} {', '.join(unknown)}; {there}")
 
 
 @contextmanager

@@ -213,7 +213,8 @@ class Plan:
         Raises:
             ValueError: there is none of this name.
         """
-        refuse_unknown([name], self.items, "table or figure")
+        where = "python -m reproduce --list"
+        refuse_unknown([name], self.items, "table or figure", where=where)
         return self.items[name]
 
     def _check(self, where: str, cell: Cell) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
+import adv.lab
 from adv.__main__ import app
 from adv.attacks.boundary import deepfool
 from adv.attacks.gradient import fgsm
@@ -172,10 +173,17 @@ WITH = (*BASE, "--weights")
     [
         (["digits/none", *BASE], 2, "digits/cnn"),
         (["digits", *BASE], 2, "nor is it an import path"),
+        (["Digits/CNN-att", *BASE], 2, "; closest: digits/cnn-at, "),
+        (["digits/cnn-att", *BASE], 2, f"; adv info lists all {len(zoo.names())}"),
         (["digits/cnn", *WITH, "weights.pt"], 2, "its own weights"),
         (["mynet:make", "--data", "digit", "--eps", 0.1], 2, "no data set 'digit'"),
         (["mynet:make", "--data", "digits"], 2, "needs a radius"),
         (["mynet:make", *BASE, "--eps", -1], 2, "finite number"),
+        (
+            ["mynet:make", *BASE, "--eps", "0.1,0.2"],
+            2,
+            "'--eps': '0.1,0.2' is not a number; several take one --eps each: --eps 0.1 --eps 0.2",
+        ),
         (["mynet:make", *BASE, "--norm", "l7"], 2, "l7"),
         (["mynet:make", *BASE, "--attack", "none"], 2, "none"),
         (["mynet:make", *BASE, "--attack", "fgsm", "--steps", 3], 2, "one step"),
@@ -253,6 +261,7 @@ def test_data(here):
     missing = run("data", "mnist")
     assert (missing.exit_code, missing.stdout) == (1, "")
     assert missing.stderr.startswith("adv: ")
+    assert "`adv data mnist --download`" in missing.stderr
 
 
 def test_info(here):
@@ -262,6 +271,26 @@ def test_info(here):
     words = [line.split() for line in shown.stdout.splitlines()]
     for name in (*data.names(), *zoo.names()):
         assert name in [line[0] for line in words]  # no name is glued to its state
+
+
+@pytest.mark.parametrize("folder", ["/nowhere/at/all", "relative"])
+def test_info_goes_on_without_a_folder_of_data(here, monkeypatch, folder):
+    monkeypatch.setenv("ADV_DATA", folder)
+    shown = run("info")
+    assert shown.exit_code == 1
+    words = [line.split() for line in shown.stdout.splitlines()]
+    assert f"ADV_DATA={folder}" in [line[0] for line in words]
+    assert ["digits/cnn", "found"] in words
+
+
+def test_names_of_many_are_told_by_the_closest():
+    names = [f"{part}/{kind}" for part in ("digits", "mnist") for kind in "abcdefg"]
+    told = adv.lab.known("mnist/z", names, "adv info")
+    assert told.startswith("closest: mnist/")
+    assert told.endswith("; adv info lists all 14")
+    assert told.count("/") == 5
+    assert adv.lab.known("§", names, "adv info") == "adv info lists all 14"
+    assert adv.lab.known("x", names[:2], "adv info") == "there are digits/a, digits/b"
 
 
 def test_train(here, monkeypatch):

@@ -10,6 +10,7 @@ Source: Matyasko (2020), section 4.4, Figure 4.5 and Table 4.2; chapter ``critic
 
 import base64
 import csv
+import errno
 import importlib
 import io
 import json
@@ -372,25 +373,44 @@ def _harmless(value: Any) -> Any:
 # ----------------------------------------------------------------------------------------- server
 
 
-def serve(study: Study, *, port: int = 0) -> ThreadingHTTPServer:
+def serve(study: Study | Callable[[], Study], *, port: int = 0) -> "Server":
     """A server of the page for this machine's own browsers; ``serve_forever`` runs it.
 
     Args:
-        study: whose images are shown.
+        study: whose images are shown, or a function that makes it, called once the port is held.
         port: of 127.0.0.1; 0 takes a free one. It stands in ``server.server_port``.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is taken, or not for this user.
     """
-    return ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, study))
+    return Server(study, port)
+
+
+class Server(ThreadingHTTPServer):
+    """What ``serve`` returns; ``study`` is the one that it shows."""
+
+    def __init__(self, study: Study | Callable[[], Study], port: int) -> None:
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            why = "is taken" if taken else f"cannot be had ({error.strerror})"
+            raise OSError(f"port {port} {why}; try --port 0") from error
+        try:
+            self.study = study() if callable(study) else study
+        except BaseException:
+            self.server_close()
+            raise
 
 
 class _Handler(BaseHTTPRequestHandler):
     """The page, its forms, answers, the table and the CSV file."""
 
-    def __init__(self, study: Study, *arguments: Any) -> None:
-        self.study = study
-        super().__init__(*arguments)
+    server: Server
+
+    @property
+    def study(self) -> Study:
+        return self.server.study
 
     def do_GET(self) -> None:
         """Answer a question."""

@@ -459,12 +459,13 @@ def _fault(path: Path, file: File) -> str | None:
 
 def _advice(name: str) -> str:
     if name in DOWNLOADS or name == "olivetti":
-        advice = f"load({name!r}, download=True) fetches it into {cache()}; or set"
+        advice = f"`adv data {name} --download`, or in Python load({name!r}, download=True), "
+        advice += f"fetches it into {cache()}; or set"
     else:
         advice = "It cannot be downloaded: set"
     advice += " ADV_DATA to the absolute path of a folder that holds it."
     if name == "cifar10":
-        advice += " load('cifar10-subset') is another, smaller data set."
+        advice += " cifar10-subset is another, smaller data set."
     return advice
 
 

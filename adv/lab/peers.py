@@ -38,6 +38,8 @@ __all__ = ["LIBRARIES", "attack", "names"]
 
 LIBRARIES = ("adv-lib", "adversarial-robustness-toolbox", "foolbox")
 """The packages that the attacks come from."""
+NORMS = ("linf", "l2", "l1", "l0")
+"""The norms that attacks minimize."""
 SEARCHES = 9
 """Weights that Carlini-Wagner and EAD try, as their authors do."""
 SHORT = 200
@@ -191,7 +193,12 @@ def names(norm: str | None = None) -> tuple[str, ...]:
 
     Args:
         norm: ``"linf"``, ``"l2"``, ``"l1"``, ``"l0"``, or None for all.
+
+    Raises:
+        ValueError: another norm.
     """
+    if norm is not None and norm not in NORMS:
+        raise ValueError(f"norm is one of {', '.join(map(repr, NORMS))}, not {norm!r}")
     return tuple(name for name, peer in PEERS.items() if norm is None or norm in peer.norms)
 
 
@@ -227,9 +234,17 @@ def attack(
     spend. A point that its library calls adversarial and that ties within the tolerance of
     ``attacks.common.is_adversarial`` is pushed on by up to 1 %.
 
+    ``fmn`` finds nothing for many inputs under l2 and l1, and more steps don't help: chapter
+    ``benchmark`` says why. ``cw`` needs hundreds of steps, as each of its 9 weights gets only a
+    ninth of them. The first call of ``bb`` under a norm compiles for up to a minute.
+
+    Under l0 values are counted, while ``attacks.pdpgd.pdpgd`` and ``lab.evaluation.minimal_norms``
+    count pixels of images. On color images compare with flat inputs, of which all count values:
+    ``x.flatten(1)``, and ``nn.Sequential(nn.Unflatten(1, x.shape[1:]), model)`` in evaluation mode.
+
     Args:
         name: one of ``names()``.
-        model: module ``(B, ...) -> (B, K)``; its flags, parameters and gradients stay as they are.
+        model: ``torch.nn.Module``, (B, ...) -> (B, K); its flags, parameters and gradients stay.
         x: (B, ...) inputs inside ``bounds``; images (B, C, H, W) for ART.
         y: (B,) true labels.
         norm: one of the attack's norms; under l0 values are counted.
@@ -244,11 +259,17 @@ def attack(
 
     Raises:
         ImportError: the library is not installed.
-        TypeError, ValueError: bad input, an unknown name, a norm that the attack does not have.
+        TypeError: a model that is no ``torch.nn.Module``, or bad input.
+        ValueError: bad input, an unknown name, a norm that the attack does not have.
 
     Source: chapter ``benchmark``.
     """
     peer = _look_up(name, norm)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"other libraries need a torch.nn.Module, not a {type(model).__name__}; "
+            "make it the forward of one"
+        )
     check_inputs(model, x, y, bounds=bounds, steps=steps)
     generator(seed)
     x = x.detach()

@@ -163,11 +163,12 @@ def entry(name: str) -> Entry:
     """A network's recipe and record.
 
     Raises:
-        ValueError: unknown name; the message lists those there are.
+        ValueError: unknown name; the message has the closest there are.
     """
     entries = _manifest()
     if name not in entries:
-        raise ValueError(f"no network {name!r} in the zoo; there are {', '.join(entries)}")
+        there = adv.lab.known(name, entries, "adv.lab.zoo.names()")
+        raise ValueError(f"no network {name!r} in the zoo; {there}")
     return Entry(name, **entries[name])
 
 

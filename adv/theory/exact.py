@@ -58,7 +58,8 @@ class Exact:
             Infinite where there is no such point at all.
         upper: distance of ``x_adv`` from the input; infinite where no point was found.
         x_adv: a point in float64 on the CPU, shaped like the input, at which the network in float64
-            has a margin <= 0; None where none was found. Rounded to float32 it may fall back.
+            has a margin <= 0; None where none was found. Rounded to float32 it may fall back, so
+            check it with ``copy.deepcopy(net).double()``.
         label: the class that wins there, or draws with the true one; None where none was found.
         optimal: whether the bounds agree to the gap asked for, or both are infinite.
         seconds: time spent.
@@ -129,6 +130,7 @@ def minimal_perturbation(
 
     Args:
         model: Linear, ReLU and Flatten layers, one after the other (Identity and Dropout are idle).
+            Normalization is one more Linear layer, or folded into the first.
         x: one input (...), where ``y`` is a number; a batch (B, ...) where ``y`` is a tensor.
         y: the class to leave, or (B,) of them.
         norm: ``"linf"``, ``"l2"``, ``"l1"``, or ``"l0"``, which counts pixels: for inputs
@@ -926,7 +928,10 @@ def _check_layers(q: _Question) -> None:
                 f"the model returns logits (B, K) with K >= 2, not {logits.shape}{hint}"
             )
         if not np.allclose(ours, logits, rtol=1e-9, atol=1e-9 * np.abs(logits).max()):
-            raise ValueError("the model is not the sequence of its Linear and ReLU layers")
+            raise ValueError(
+                "the model is not the sequence of its Linear and ReLU layers; write normalization "
+                "as a Linear layer, or fold it into the first, and ReLUs as modules"
+            )
 
 
 def _targets(q: _Question, y: int | Tensor, target: int | Tensor | None) -> list[int]:

@@ -4,12 +4,14 @@ Chromium comes from the system, from ``$CHROMIUM``, or from ``playwright install
 """
 
 import csv
+import errno
 import http.client
 import io
 import json
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -581,12 +583,12 @@ def test_the_command_makes_exports_and_shows(tmp_path):
 
 def test_the_command_attacks_networks_with_their_own_confidence(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(annotate, "serve", lambda study, port: started.append(study) or Served())
+    monkeypatch.setattr(annotate, "serve", lambda make, port: Served(make()))
     monkeypatch.setattr("webbrowser.open", started.append)
     done = run(tmp_path / "new.sqlite", "--samples", 12, "--network", "digits/cnn")
     assert done.exit_code == 0, done.output
-    study, opened = started
-    assert opened == "http://127.0.0.1:7/"
+    assert started == ["http://127.0.0.1:7/"]
+    study = Study(tmp_path / "new.sqlite")
     network, test = zoo.load("digits/cnn"), data.load("digits").test.take(12)
     images = torch.stack(
         [
@@ -604,12 +606,52 @@ def test_the_command_attacks_networks_with_their_own_confidence(tmp_path, monkey
 def test_the_networks_judged_by_default_are_in_the_zoo_and_alike():
     entries = [zoo.entry(name) for name in JUDGED]
     assert len({(entry.data, str(entry.model)) for entry in entries}) == 1
+    told = "".join(run("--help").stdout.split())
+    assert all(name in told for name in JUDGED)
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_made(tmp_path, monkeypatch):
+    store, images = tmp_path / "answers.sqlite", tmp_path / "some.npz"
+    collection(30).save(images)
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        port = other.getsockname()[1]
+        taken = run(store, "--images", images, "--port", port, "--no-browser")
+        assert taken.exit_code == 1
+        assert taken.stderr == f"adv: port {port} is taken; try --port 0\n"
+        assert not store.exists()
+    monkeypatch.setattr(annotate.Server, "serve_forever", Served.serve_forever)
+    free = run(store, "--images", images, "--port", 0, "--no-browser")
+    assert free.exit_code == 0, free.output
+    assert Study(store).total == 30
+
+
+def test_a_port_that_is_not_allowed_says_so(study, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("http.server.ThreadingHTTPServer.server_bind", refuse)
+    with pytest.raises(OSError, match=r"port 80 cannot be had \(Permission denied\); try --port 0"):
+        annotate.serve(study, port=80)
+
+
+def test_a_study_that_cannot_be_made_frees_the_port():
+    def fail():
+        raise ValueError("no images")
+
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        port = other.getsockname()[1]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no images"):
+            annotate.serve(fail, port=port)
 
 
 class Served:
     """A server that is asked to stop at once."""
 
     server_port = 7
+
+    def __init__(self, study):
+        self.study = study
 
     def __enter__(self):
         return self

@@ -262,7 +262,7 @@ def test_a_missing_file_is_named_with_what_to_do(folder):
         data.load("mnist")
     message = str(error.value)
     assert "MNIST/raw/train-images-idx3-ubyte.gz is not in " + str(folder) in message
-    assert "load('mnist', download=True)" in message
+    assert "`adv data mnist --download`, or in Python load('mnist', download=True)" in message
     assert str(folder.parent / "cache" / "adv" / "data") in message
 
 
@@ -326,7 +326,7 @@ def test_the_subset_never_stands_in_for_cifar10(folder, tmp_path):
     assert subset.test.exact.logical_not().nonzero().flatten().tolist() == [7]
     assert subset.train[subset.train.exact].y.tolist() == [n % 10 for n in range(81) if n != 7]
     with pytest.raises(
-        FileNotFoundError, match=r"data_batch_1 is not in .*load\('cifar10-subset'\)"
+        FileNotFoundError, match=r"data_batch_1 is not in .*; or set .* cifar10-subset is another"
     ):
         data.load("cifar10")
 

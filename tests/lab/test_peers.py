@@ -12,6 +12,7 @@ import torch
 from helpers import affine, inputs, lengths
 
 from adv.attacks.common import is_adversarial
+from adv.attacks.pdpgd import pdpgd
 from adv.lab import peers
 from adv.lab.evaluation import counting, minimal_norms
 
@@ -194,6 +195,7 @@ def test_evaluation_takes_a_peer_for_a_minimal_norm_attack(scene):
         ({"name": "daa"}, ValueError, "no peer 'daa'; there are fmn"),
         ({"norm": "l1"}, ValueError, "ddn minimizes l2"),
         ({"name": "alma"}, ValueError, "needs 3 classes"),
+        ({"model": lambda x: x}, TypeError, "torch.nn.Module, not a function"),
         ({"steps": 0}, ValueError, "steps"),
         ({"seed": -1}, ValueError, "seed"),
         ({"x": torch.full((6, 12), 2.0, dtype=torch.float64)}, ValueError, "bounds"),
@@ -240,7 +242,30 @@ def test_other_bounds_only_scale_what_is_found(scene, norm):
     assert torch.equal(far == 4 * x - 2, near == x)
 
 
+def test_values_are_compared_on_flat_inputs():
+    """Ours counts pixels of color images, peers count values: as the docstring says, flat."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+    with torch.no_grad():  # the channels of a pixel matter alike, so that it changes as a whole
+        model[1].weight.copy_(model[1].weight[:, :16].repeat(1, 3))
+    x = torch.rand(6, 3, 4, 4)
+    y = model(x).argmax(dim=1)
+    sparse = partial(peers.attack, "fmn", norm="l0", steps=50)
+    values = (sparse(model, x, y) != x).flatten(1).sum(dim=1)
+    flat = torch.nn.Sequential(torch.nn.Unflatten(1, x.shape[1:]), model).eval()
+    settings = {"norm": "l0", "steps": 50}
+    for attack in (partial(peers.attack, "fmn"), pdpgd):
+        x_adv = attack(flat, x.flatten(1), y, **settings)
+        count = (x_adv != x.flatten(1)).sum(dim=1)
+        assert is_adversarial(flat(x_adv), y).all()
+        assert minimal_norms(flat, x.flatten(1), y, attack, **settings).tolist() == count.tolist()
+        assert minimal_norms(model, x, y, attack, **settings).sum() < count.sum()
+    assert torch.equal((sparse(flat, x.flatten(1), y) != x.flatten(1)).sum(dim=1), values)
+
+
 def test_names_are_listed_by_norm():
     assert peers.names("l0") == ("fmn", "bb", "sigma_zero", "jsma")
     assert set(peers.names()) == {name for name, _ in PAIRS}
-    assert math.prod(len(peers.names(n)) for n in ("linf", "l2", "l1", "l0")) == 4 * 7 * 5 * 4
+    assert math.prod(len(peers.names(n)) for n in peers.NORMS) == 4 * 7 * 5 * 4
+    with pytest.raises(ValueError, match="norm is one of 'linf', 'l2', 'l1', 'l0', not 'L2'"):
+        peers.names("L2")

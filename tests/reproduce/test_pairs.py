@@ -381,6 +381,7 @@ def test_snakemake_knows_what_is_used(plan):
     folders = [f"--{name}={getattr(plan, name)}" for name in ("settings", "results", "work")]
     tables = ["autoencoders-errors", "autoencoders-kept"]
     line = [sys.executable, "-m", "reproduce", *folders, "--datasets=digits", "--dry", *tables]
+    line += ["--snakemake", "--quiet", "rules"]  # which shows the jobs
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

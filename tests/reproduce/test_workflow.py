@@ -67,7 +67,8 @@ def test_a_table_from_nothing_in_spite_of_a_kill_and_then_only_what_changed(benc
     bench.write()
     told = bench.run("convex-3", "--dry")
     assert "deepfool  (attack.overshoot changed)" in told
-    assert "1 trainings and attacks to run" in told
+    _, after = told.split("1 trainings and attacks to run")
+    assert len(after.splitlines()) < 15, "Snakemake's own words are few"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     bench.run("convex-3")
     changed = [path.stem for path in before if path.stat().st_mtime_ns != before[path]]
@@ -84,6 +85,23 @@ def test_unknown_names_are_refused(bench):
     assert "reproduce: no network vgg; there are fcnn, nin" in told
 
 
+def test_of_many_names_the_closest_are_told(bench):
+    table = bench.content["tables"]["3"]
+    bench.content["tables"] = {f"{part}.{k}": table for part in (3, 4) for k in range(1, 8)}
+    bench.write()
+    with pytest.raises(ValueError, match=r"convex-3\.9; closest: convex-3") as told:
+        bench.plan().item("convex-3.9")
+    assert str(told.value).endswith("; python -m reproduce --list lists all 15")
+    assert "convex-4.7" not in str(told.value)
+    listed = bench.run("--list").splitlines()
+    assert listed == ["convex-3.1", *listed[1:13], "convex-4.7", "convex-figure-3a"]
+
+
+def test_a_dry_run_hides_no_error(bench):
+    wrong = bench.run("convex-3", "--dry", "--snakemake", "--until", "nothing", status=1)
+    assert "No rule to produce nothing" in wrong
+
+
 def test_names_may_have_dots_and_a_dry_run_leaves_no_trace(bench):
     content = bench.content
     content["networks"]["mlp-1.5"] = content["networks"].pop("fcnn") | {"seeds": 1}
@@ -97,7 +115,7 @@ def test_names_may_have_dots_and_a_dry_run_leaves_no_trace(bench):
     }
     del content["figures"]
     bench.write()
-    told = bench.run("--dry")
+    told = bench.run("--dry", "--snakemake", "--quiet", "rules")
     assert "2 trainings and attacks to run" in told
     assert re.search(r"^total +4$", told, flags=re.M)  # train, attack, measure, table
     assert not {"results", "work"} & {path.name for path in bench.folder.iterdir()}

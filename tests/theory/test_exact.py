@@ -1,5 +1,6 @@
 """Proven minimal perturbations against enumeration, dense grids, closed forms and attacks."""
 
+import copy
 import math
 from itertools import combinations, pairwise, product
 
@@ -478,6 +479,46 @@ def test_a_batch_is_its_inputs_one_by_one():
         alone = minimal_perturbation(model, x[i], int(y[i]), target=int(target[i]))
         assert (alone.lower, alone.upper) == (result.lower, result.upper)
         assert result.x_adv is None or result.x_adv.shape == (2, 2)
+
+
+class Normalized(nn.Module):
+    """A network that normalizes inside itself, where no layer tells of it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net((x - 0.4) / 0.25)
+
+
+def test_normalization_is_a_layer_or_folded_into_the_first():
+    net = network(4, 5, 6, 3)
+    model, x = Normalized(net), torch.rand(5, generator=torch.Generator().manual_seed(1))
+    y = int(model(x[None]).argmax())
+    with pytest.raises(ValueError, match="write normalization as a Linear layer, or fold it into"):
+        minimal_perturbation(model, x, y)
+    layer, folded = nn.Linear(5, 5), copy.deepcopy(net)
+    layer.weight.data, layer.bias.data = torch.eye(5) / 0.25, torch.full((5,), -0.4 / 0.25)
+    folded[0].weight.data /= 0.25
+    folded[0].bias.data -= folded[0].weight.data.sum(dim=1) * 0.4
+    one, other = (minimal_perturbation(n, x, y) for n in (nn.Sequential(layer, *net), folded))
+    assert one.upper == pytest.approx(other.upper, rel=1e-4)
+    wrapped = copy.deepcopy(model).double()
+    assert wrapped(one.x_adv[None]).topk(2).values.diff().abs() < 1e-4
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_point_is_checked_with_a_copy_in_float64(kind):
+    net, x, y = scene(5, 4, 6, 3)
+    dtype = net[0].weight.dtype
+    point = minimal_perturbation(net, x, y, norm=kind).x_adv
+    with pytest.raises(RuntimeError, match="dtype"):
+        net(point[None])
+    logits = copy.deepcopy(net).double()(point[None])[0]  # the docstring's advice
+    others = torch.cat([logits[:y], logits[y + 1 :]])
+    assert logits[y] <= others.max()
+    assert net[0].weight.dtype == dtype == torch.float32
 
 
 def test_layers_that_compute_nothing_and_layers_in_a_row():
