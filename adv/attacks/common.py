@@ -5,7 +5,7 @@ back from the device at most every 50th step (``settled``); nothing here touches
 ``.grad`` or the global random state.
 """
 
-import inspect
+import dis
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ TOLERANCE = 1e-6
 DEPTH = 3
 """How deep in a function its networks are looked for."""
 AT_ONCE = 2**20
-"""Entries of class gradients to take in one backward pass: more cost memory, and time on a CPU."""
+"""How many entries of class gradients one backward pass takes; more cost memory, and CPUs time."""
 
 
 ONE_LOGIT = "write one logit f (B,) as torch.stack([torch.zeros_like(f), f], 1)"
@@ -414,10 +414,11 @@ def _inside(value: Any) -> list[Any]:
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
         parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        with suppress(ValueError):  # a variable that has no value yet
-            bound = inspect.getclosurevars(value)
-            parts += [*bound.nonlocals.values(), *bound.globals.values()]
-        return parts
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # a variable that has no value yet
+                parts.append(cell.cell_contents)
+        named = {one.argval for one in dis.get_instructions(value) if one.opname == "LOAD_GLOBAL"}
+        return parts + [value.__globals__[name] for name in named if name in value.__globals__]
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, dict):

@@ -79,6 +79,9 @@ def margin_loss(
     Only with $s=1$ is $C$ a radius, in the units of ``x``. A ReLU network's gradient does not feel
     its biases, so the price never moves them.
 
+    Attention's fused kernels have no second derivative: train such networks inside
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
+
     Args:
         weight: $C\ge0$.
         norm: the norm $p$ of the *perturbation*: ``"l2"``, ``"linf"`` (which prices the l1 norm of

@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,6 +330,8 @@ def test_globals_that_a_function_names_are_found(monkeypatch):
     assert networks(lambda x: GLOBAL(x)) == [net]
     assert networks(lambda x: torch.tanh(x)) == []
     assert networks(nn.Dropout) == []
+    kept = SimpleNamespace(GLOBAL=nn.Identity())
+    assert networks(lambda x: kept.GLOBAL(x)) == [kept.GLOBAL]
 
 
 def test_a_variable_without_a_value_holds_no_network():
