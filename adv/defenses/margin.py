@@ -80,7 +80,7 @@ def margin_loss(
     its biases, so the price never moves them.
 
     Attention's fused kernels have no second derivative: train such networks inside
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
+    ``sdpa_kernel(SDPBackend.MATH)`` of ``torch.nn.attention``.
 
     Args:
         weight: $C\ge0$.
