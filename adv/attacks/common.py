@@ -34,8 +34,6 @@ DEPTH = 3
 """How deep in a function its networks are looked for."""
 AT_ONCE = 2**20
 """How many entries of class gradients one backward pass takes; more cost memory, and CPUs time."""
-
-
 ONE_LOGIT = "write one logit f (B,) as torch.stack([torch.zeros_like(f), f], 1)"
 """As its softmax is then the sigmoid of f; of (-f, f) it would be that of 2f."""
 
@@ -406,6 +404,15 @@ def networks(model: Model) -> list[nn.Module]:
     return found
 
 
+def closed_over(function: FunctionType) -> dict[str, Any]:
+    """The variables that a function closes over, but for those that have no value yet."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):
+            found[name] = cell.cell_contents
+    return found
+
+
 def _inside(value: Any) -> list[Any]:
     """What an object that can be called, or a collection, holds."""
     if isinstance(value, partial):
@@ -414,11 +421,9 @@ def _inside(value: Any) -> list[Any]:
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
         parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # a variable that has no value yet
-                parts.append(cell.cell_contents)
-        named = {one.argval for one in dis.get_instructions(value) if one.opname == "LOAD_GLOBAL"}
-        return parts + [value.__globals__[name] for name in named if name in value.__globals__]
+        loads = (one.argval for one in dis.get_instructions(value) if one.opname == "LOAD_GLOBAL")
+        named = [value.__globals__[name] for name in loads if name in value.__globals__]
+        return [*parts, *closed_over(value).values(), *named]
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, dict):

@@ -395,7 +395,7 @@ class Server(ThreadingHTTPServer):
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             why = "is taken" if taken else f"cannot be had ({error.strerror})"
-            raise OSError(f"port {port} {why}; try --port 0") from error
+            raise OSError(f"port {port} {why}; port 0 is any that is free") from error
         try:
             self.study = study() if callable(study) else study
         except BaseException:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from adv.attacks.common import check_count
+from adv.attacks.common import check_count, closed_over
 from adv.lab import checkpoints
 from adv.lab.data import Split
 from adv.lab.evaluation import accuracy
@@ -369,20 +369,12 @@ def _text(value: Any, depth: int = 4) -> str:
         bound: dict[str, Any] = {"args": value.args} | value.keywords
         name = f"partial {inner(value.func)}"
     elif isinstance(value, FunctionType):
-        name, code = value.__qualname__, value.__code__
-        cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
-        bound = {key: _content(cell) for key, cell in cells}
+        name = value.__qualname__
+        bound = closed_over(value)
         bound |= {"defaults": value.__defaults__, **(value.__kwdefaults__ or {})}
         if name.endswith("<lambda>"):
-            bound["constants"] = [c for c in code.co_consts if isinstance(c, Real | str)]
+            bound["constants"] = [c for c in value.__code__.co_consts if isinstance(c, Real | str)]
     else:
         return getattr(value, "__qualname__", type(value).__name__)
     told = [f"{key}={inner(one)}" for key, one in bound.items() if one is not None]
     return f"{name}({', '.join(told)})" if told else name
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a variable that has no value yet
-        return None

@@ -163,7 +163,7 @@ def entry(name: str) -> Entry:
     """A network's recipe and record.
 
     Raises:
-        ValueError: unknown name; the message has the closest there are.
+        ValueError: unknown name; the message names the closest.
     """
     entries = _manifest()
     if name not in entries:

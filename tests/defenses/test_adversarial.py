@@ -232,14 +232,19 @@ def test_virtual_direction_of_a_constant_model_is_its_random_start():
     torch.testing.assert_close(norm(d, "l2"), torch.ones(20, dtype=torch.float64))
 
 
-def test_vat_is_its_formula_with_a_constant_clean_prediction():
-    model, (x, y) = tanh_net(), batch()
+def drawn(loss, model, x, y):
+    """A loss that draws, its gradients, and the seed that it drew."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        value = vat(0.7, weight=2.5, power_steps=2)(model, x, y)
+        value = loss(model, x, y)
         analytic = torch.cat([g.flatten() for g in torch.autograd.grad(value, model.parameters())])
         torch.manual_seed(5)
-        seed = int(torch.randint(2**31, ()))
+        return value, analytic, int(torch.randint(2**31, ()))
+
+
+def test_vat_is_its_formula_with_a_constant_clean_prediction():
+    model, (x, y) = tanh_net(), batch()
+    value, analytic, seed = drawn(vat(0.7, weight=2.5, power_steps=2), model, x, y)
     moved = x + 0.7 * virtual_direction(model, x, power_steps=2, seed=seed)
     p = model(x).softmax(1).detach()
 
@@ -254,12 +259,7 @@ def test_vat_is_its_formula_with_a_constant_clean_prediction():
 
 def test_trades_is_its_formula_and_differentiates_both_predictions():
     model, (x, y) = tanh_net(), batch()
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        value = trades(0.2, beta=3.0, steps=4)(model, x, y)
-        analytic = torch.cat([g.flatten() for g in torch.autograd.grad(value, model.parameters())])
-        torch.manual_seed(5)
-        seed = int(torch.randint(2**31, ()))
+    value, analytic, seed = drawn(trades(0.2, beta=3.0, steps=4), model, x, y)
     clean = model(x).detach()
     moved = ascend(lambda z: kl(clean, model(z)), x, eps=0.2, steps=4, seed=seed)
 

@@ -617,7 +617,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_made(tmp_path, monkeypa
         port = other.getsockname()[1]
         taken = run(store, "--images", images, "--port", port, "--no-browser")
         assert taken.exit_code == 1
-        assert taken.stderr == f"adv: port {port} is taken; try --port 0\n"
+        assert taken.stderr == f"adv: port {port} is taken; port 0 is any that is free\n"
         assert not store.exists()
     monkeypatch.setattr(annotate.Server, "serve_forever", Served.serve_forever)
     free = run(store, "--images", images, "--port", 0, "--no-browser")
@@ -630,7 +630,7 @@ def test_a_port_that_is_not_allowed_says_so(study, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("http.server.ThreadingHTTPServer.server_bind", refuse)
-    with pytest.raises(OSError, match=r"port 80 cannot be had \(Permission denied\); try --port 0"):
+    with pytest.raises(OSError, match=r"port 80 cannot be had \(Permission denied\); port 0"):
         annotate.serve(study, port=80)
 
 
