@@ -743,7 +743,9 @@ class _Search:
             The least norm there, proven, infinite where the pattern's region has no such point;
             and the point.
         """
-        q, unit, least, found = self.q, self.unit(self.radius), math.inf, None
+        q, least, found = self.q, math.inf, None
+        # In wide bounds the radius is no measure of a solution's length until a point is known.
+        unit = self.unit(min(self.radius, q.measure(delta)))
         scale = np.abs(_run(q, delta)[0]).max()
         support = np.isin(q.pixel, q.pixel[delta != 0]) if opened is None else opened[q.pixel]
         for lead in LEADS[:1] if q.norm == "l0" else LEADS:

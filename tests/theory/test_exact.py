@@ -241,6 +241,20 @@ def test_l0_counts_pixels_of_images():
 
 
 @pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("seed", [41, 50, 54])
+def test_wide_bounds_are_no_harder(kind, seed):
+    """The tolerances of the programs follow the length of the solution, not that of the box."""
+    model, x, y = scene(seed, 4, 6, 5, 3)
+    near = minimal_perturbation(model, x, y, norm=kind, bounds=(-2.0, 3.0))
+    wide = minimal_perturbation(model, x, y, norm=kind, bounds=(-255.0, 255.0))
+    assert near.optimal
+    assert wide.optimal
+    if kind == "linf" and near.upper < 2:  # no better point can lie outside
+        assert wide.upper == pytest.approx(near.upper, rel=2e-5)
+    assert wide.upper <= near.upper * (1 + 2e-5)
+
+
+@pytest.mark.parametrize("kind", NORMS)
 def test_no_adversarial_point_in_the_box(kind):
     """A bias that no input makes up for: proved, not merely not found."""
     model, x, y = scene(0, 3, 6, 3)
