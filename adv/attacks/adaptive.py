@@ -83,6 +83,8 @@ GROWTH = 10.0
 """Factor of a weight that has failed, as long as none has succeeded."""
 HEAVIEST = 1e15
 """Where weights stop growing: squares of gradients so much larger would overflow in float32."""
+AT_ONCE = 2**21
+"""How many values of random points a guess of a gradient sends through a model at once."""
 
 
 # ------------------------------------------------------------------------------ the inner problem
@@ -278,10 +280,12 @@ class _Graph:
 class WarmStart:
     r"""An inner solver with a memory: the full one first, then a few steps from the last answer.
 
-    An attack asks for $z^*$ at hundreds of points close to one another. From the second call with
-    as many inputs on, the solver starts at the better of the last answer and the first one. Several
-    copies of the batch, as ``nes`` asks for, start there too and are forgotten: points in opposite
-    pairs, so that their mean over the copies is the last input. Any others are a new batch.
+    An attack asks for $z^*$ at hundreds of points close to one another. As long as each input is
+    near where it was at the last call, or back near where it was at the first one, the solver
+    starts at the better of the last answer and the first one. Several copies of the batch, as
+    ``nes`` asks for, start there too and are forgotten: points in opposite pairs, so that their
+    mean over the copies is the last input. Any others are a new batch, solved in full. (A look at
+    the distances stops a GPU once a call.)
 
     Args:
         solve: the full solver, inputs to codes; networks in it are in evaluation mode.
@@ -289,30 +293,43 @@ class WarmStart:
         inner: $l(z;x)$, by which an answer is the better one.
         reach: how far the mean of an input's copies may be from the input, as a root mean square
             over its values: rounding, and more where the defense clips the points before.
+        far: how far an input may move and still be the same one, as a root mean square over its
+            values, in the units of the inputs. Steps of attacks are shorter on [0, 1], and two
+            images farther apart; infinity takes any batch of as many inputs for the last one.
 
     Raises:
-        TypeError, ValueError: a reach that is no number or negative.
+        TypeError, ValueError: a reach or ``far`` that is no number or negative.
 
     Source: Chen, Xie and Zhu (2020), appendix D; chapter ``generative``.
     """
 
-    def __init__(self, solve: Solver, refine: Refine, inner: Inner, *, reach: float = 1e-3) -> None:
+    def __init__(
+        self,
+        solve: Solver,
+        refine: Refine,
+        inner: Inner,
+        *,
+        reach: float = 1e-3,
+        far: float = 0.05,
+    ) -> None:
         check_number("reach", reach)
-        self.solve, self.refine, self.inner, self.reach = solve, refine, inner, reach
+        check_number("far", far, math.inf)
+        self.solve, self.refine, self.inner, self.reach, self.far = solve, refine, inner, reach, far
+        self.start: Tensor | None = None
         self.x: Tensor | None = None
         self.first: Tensor | None = None
         self.last: Tensor | None = None
 
     def reset(self) -> None:
-        """Forget all answers: for other images, of which there happen to be as many."""
-        self.x = self.first = self.last = None
+        """Forget all answers."""
+        self.start = self.x = self.first = self.last = None
 
     def __call__(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """The codes of inputs, outside any graph."""
         x, first, last, copies = x.detach(), self.first, self.last, self._copies(x)
         if first is None or last is None or not copies:
-            self.x, self.first = x.clone(), self.solve(x).detach()
-            self.last = self.first
+            self.start = self.x = x.clone()
+            self.last = self.first = self.solve(x).detach()
             return self.first.clone()
         first, last = (z.repeat(copies, *[1] * (z.ndim - 1)) for z in (first, last))
         with torch.no_grad():
@@ -324,13 +341,16 @@ class WarmStart:
 
     def _copies(self, x: Tensor) -> int:
         """How many copies of the last batch the inputs are; 0 for none."""
-        if self.x is None or x.shape[1:] != self.x.shape[1:] or len(x) % len(self.x):
+        if self.x is None or self.start is None:
+            return 0
+        if x.shape[1:] != self.x.shape[1:] or len(x) % len(self.x):
             return 0
         copies = len(x) // len(self.x)
-        if copies == 1:  # never compared: that would stop the device at every step
-            return 1
-        shift = x.unflatten(0, (copies, -1)).mean(dim=0) - self.x
-        return copies if bool(shift.flatten(1).square().mean(dim=1).max() <= self.reach**2) else 0
+        if copies == 1:  # the same inputs a step later, or at the start of another round
+            moved, most = torch.minimum(_spread(x - self.x), _spread(x - self.start)), self.far
+        else:
+            moved, most = _spread(x.unflatten(0, (copies, -1)).mean(dim=0) - self.x), self.reach
+        return copies if bool(moved.max() <= most**2) else 0
 
 
 # -------------------------------------------------------------- models with a gradient of their own
@@ -380,8 +400,9 @@ def backtracking(
     *envelope* gradient: exact where $h$ is the minimum of the inner loss itself.
 
     Args:
-        solve: inputs to codes $z^*$; run without a graph. Put networks in it, and in the other two
-            functions, into evaluation mode: an attack does not reach them.
+        solve: inputs to codes $z^*$; run without a graph. An attack puts the networks that it
+            finds here and in the other two functions into evaluation mode, as
+            ``common.networks`` says; a call of the model alone does not.
         inner: $l(z;x)$, codes and inputs to (B,), twice differentiable.
         readout: $h(z,x)$, codes and inputs to (B, K) logits.
         steps: $T'$, at least 0.
@@ -427,8 +448,9 @@ def implicit(
     r"""The defended model $h(z^*(x),x)$, differentiated by the implicit function theorem.
 
     Args:
-        solve: inputs to codes $z^*$; run without a graph. Put networks in it, and in the other two
-            functions, into evaluation mode: an attack does not reach them.
+        solve: inputs to codes $z^*$; run without a graph. An attack puts the networks that it
+            finds here and in the other two functions into evaluation mode, as
+            ``common.networks`` says; a call of the model alone does not.
         inner: $l(z;x)$, codes and inputs to (B,), twice differentiable.
         readout: $h(z,x)$, codes and inputs to (B, K) logits.
         iterations: of conjugate gradients at most, as in ``implicit_gradient``.
@@ -465,6 +487,7 @@ def nes_gradient(
     sigma: float = 0.1,
     seed: int = 0,
     call: int = 0,
+    at_once: int = AT_ONCE,
 ) -> Float[Tensor, "B ..."]:
     r"""The gradient of a function, guessed from its values at random points around $x$.
 
@@ -472,29 +495,38 @@ def nes_gradient(
     pairs in $D$ dimensions its cosine with the true gradient is about $\sqrt{m/(m+D+1)}$.
 
     Args:
-        value: $F$, points (n B, ...) to (n B,); they are ``samples`` copies of the batch, one after
-            the other, so that labels are ``y.repeat(samples)``.
+        value: $F$, points (k B, ...) to (k B,); they are copies of the batch, one after the other,
+            so that labels are ``y.repeat(len(points) // len(y))``.
         x: (B, ...) where; the points may leave the bounds.
         samples: $n$, an even number.
         sigma: standard deviation $\sigma>0$ of the points, in the units of $x$.
         seed: of the draws.
         call: a number that gives each of several calls its own draws.
+        at_once: so many values of points (k B times the size of an input) are passed to ``value``
+            in one go, but at least one pair of copies; the draws are the same, and wait on the CPU.
 
     Returns:
-        (B, ...) estimates.
+        (B, ...) estimates; another ``at_once`` changes them by rounding.
 
     Raises:
-        TypeError, ValueError: an odd number of samples, a sigma that isn't positive.
+        TypeError, ValueError: an odd number of samples, a sigma that isn't positive, no values at
+            once.
 
     Source: Ilyas et al. (2018), section 2; Chen, Xie and Zhu (2020), (20); chapter ``generative``.
     """
-    _check_draws(samples, sigma)
+    _check_draws(samples, sigma, at_once)
     draws = generator(seed, call)
-    half = torch.randn(samples // 2, *x.shape, generator=draws, dtype=x.dtype).to(x.device)
-    u = torch.cat([half, -half])
-    with torch.no_grad():
-        values = value((x.detach() + sigma * u).flatten(0, 1)).unflatten(0, (samples, len(x)))
-    return (values.reshape(samples, len(x), *[1] * (x.ndim - 1)) * u).mean(dim=0) / sigma
+    halves = torch.randn(samples // 2, *x.shape, generator=draws, dtype=x.dtype)
+    guess = torch.zeros_like(x)
+    for part in halves.split(max(1, at_once // (2 * max(1, x.numel())))):
+        half = part.to(x.device)
+        u = torch.cat([half, -half])
+        with torch.no_grad():
+            values = value((x.detach() + sigma * u).flatten(0, 1))
+        values = values.reshape(len(u), len(x), *[1] * (x.ndim - 1))
+        # Each block's mean by its share: of a single block nothing is rounded.
+        guess = guess + len(u) / samples * ((values * u).mean(dim=0) / sigma)
+    return guess
 
 
 class Guessed:
@@ -502,13 +534,13 @@ class Guessed:
 
     Args:
         model: inputs to (B, K) logits.
-        rule: ``samples``, ``sigma`` and ``seed`` of ``nes_gradient``.
+        rule: ``samples``, ``sigma``, ``seed`` and ``at_once`` of ``nes_gradient``.
 
     Attributes:
         calls: how many gradients have been guessed; each has draws of its own.
     """
 
-    def __init__(self, model: Model, rule: dict[str, Any]) -> None:
+    def __init__(self, model: Model, **rule: Any) -> None:
         self.model, self.rule, self.calls = model, rule, 0
 
     def reset(self) -> None:
@@ -522,16 +554,18 @@ class Guessed:
 
     def _pull(self, _logits: Tensor, x: Tensor, v: Tensor) -> Tensor:
         self.calls += 1
-        weights = v.repeat(self.rule["samples"], 1)
 
         def value(points: Tensor) -> Tensor:
+            weights = v.repeat(len(points) // len(v), 1)
             return (self.model(points) * weights).sum(dim=1)
 
         with eval_mode(self.model):
             return nes_gradient(value, x, call=self.calls, **self.rule)
 
 
-def nes(model: Model, *, samples: int = 50, sigma: float = 0.1, seed: int = 0) -> Guessed:
+def nes(
+    model: Model, *, samples: int = 50, sigma: float = 0.1, seed: int = 0, at_once: int = AT_ONCE
+) -> Guessed:
     r"""The model itself, with a gradient guessed from its values by ``nes_gradient``.
 
     Each backward pass asks for the logits at ``samples`` new points, and estimates the gradient of
@@ -544,22 +578,24 @@ def nes(model: Model, *, samples: int = 50, sigma: float = 0.1, seed: int = 0) -
         sigma: their standard deviation, in the units of the inputs.
         seed: of the draws, which differ from one backward pass to the next: a second attack finds
             other points, unless ``reset()`` of the model that is returned is called before.
+        at_once: how many values of points go through the model at once, as in ``nes_gradient``.
 
     Returns:
         A model (B, ...) to (B, K), for any attack that asks for gradients alone.
 
     Raises:
-        TypeError, ValueError: an odd number of samples, a sigma that isn't positive, a bad seed.
+        TypeError, ValueError: an odd number of samples, a sigma that isn't positive, a bad seed,
+            no values at once.
 
     Source: Chen, Xie and Zhu (2020), (20); chapter ``generative``.
     """
-    _check_draws(samples, sigma)
+    _check_draws(samples, sigma, at_once)
     generator(seed)
-    return Guessed(model, {"samples": samples, "sigma": sigma, "seed": seed})
+    return Guessed(model, samples=samples, sigma=sigma, seed=seed, at_once=at_once)
 
 
 class _Answer(torch.autograd.Function):
-    """A tensor found without a graph, whose gradient is pulled back to the inputs by a function."""
+    """Returns ``z`` unchanged; in the backward pass ``pull(z, x, grad)`` is the gradient for x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, pull: Callable[..., Tensor]) -> Tensor:
@@ -768,7 +804,8 @@ def surface_search(
     fails.
 
     Args:
-        model: the defense, inputs to (B, K) logits.
+        model: the defense, inputs to (B, K) logits, as the default of ``verify``; what is attacked
+            are the next three.
         x: (B, ...) inputs inside ``bounds``.
         y: (B,) true labels.
         encode: $z^*$, inputs to (B, k) codes; asked once.
@@ -945,7 +982,7 @@ def latent_walk(
     check_whole("halvings", halvings)
     x, x_adv, share = x.detach(), x.detach(), float(eta)
     done = torch.zeros_like(y, dtype=torch.bool)
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), eval_mode(explain):  # type: ignore[arg-type]
         for step in range(steps):
             if step and step % every == 0:
                 share = min(1.0, growth * share)
@@ -966,7 +1003,7 @@ def latent_walk(
 def _bisect(model: Model, x: Tensor, x_adv: Tensor, y: Tensor, halvings: int) -> Tensor:
     """The last point of a bisection that fools the model, or ``x`` where the first doesn't."""
     found = is_adversarial(model(x_adv), y)
-    low, high = torch.zeros_like(x_adv[:, :1]).flatten(1)[:, 0], x.new_ones(len(x))
+    low, high = x.new_zeros(len(x)), x.new_ones(len(x))
     for _ in range(halvings):
         middle = (low + high) / 2
         hit = is_adversarial(model(x + expand(middle, x) * (x_adv - x)), y)
@@ -989,8 +1026,14 @@ def _dot(a: Tensor, b: Tensor) -> Float[Tensor, " B"]:
     return (a * b).flatten(1).sum(dim=1)
 
 
-def _check_draws(samples: int, sigma: float) -> None:
+def _spread(shift: Tensor) -> Float[Tensor, " B"]:
+    """The mean square of each sample's values."""
+    return shift.flatten(1).square().mean(dim=1)
+
+
+def _check_draws(samples: int, sigma: float, at_once: int) -> None:
     check_count("samples", samples)
+    check_count("at_once", at_once)
     check_positive("sigma", sigma)
     if samples % 2:
         raise ValueError(f"samples come in pairs, so their number is even, not {samples}")

@@ -10,6 +10,7 @@ from helpers import WIDE, affine, inputs
 from torch import nn
 
 from adv.attacks.adaptive import (
+    AT_ONCE,
     WarmStart,
     backtracking,
     bpda,
@@ -27,6 +28,7 @@ from adv.attacks.common import class_gradients, margin
 from adv.attacks.gradient import pgd
 from adv.attacks.jacobian import Jacobian, singular
 from adv.attacks.regression import quadratic
+from adv.lab.evaluation import accuracy
 
 
 class Smooth:
@@ -287,6 +289,42 @@ def test_gradient_guesses_are_the_sum_they_claim():
     assert not torch.equal(found, nes_gradient(value, x, samples=6, sigma=0.3, seed=4, call=1))
 
 
+def test_a_guess_in_blocks_has_the_same_draws_and_a_bounded_size():
+    x, seen = inputs(4, 9), []
+
+    def value(points):
+        seen.append(points)
+        return points.square().sum(dim=1).sin()
+
+    rule = {"samples": 14, "sigma": 0.3, "seed": 4}
+    whole = nes_gradient(value, x, **rule)
+    half = seen.pop().reshape(2, 7, 4, 9)
+    for at_once, pairs in ((4 * 36, [2, 2, 2, 1]), (6 * 36 - 1, [2, 2, 2, 1]), (1, [1] * 7)):
+        assert torch.allclose(nes_gradient(value, x, at_once=at_once, **rule), whole, atol=1e-14)
+        assert [len(points) // 8 for points in seen] == pairs
+        blocks = [points.reshape(2, -1, 4, 9) for points in seen]
+        assert torch.equal(torch.cat(blocks, dim=1), half), "every block is made of pairs"
+        seen.clear()
+    net, labels = affine(3, 9), torch.tensor([0, 1, 2, 0])
+    found = [
+        pgd(nes(net, samples=14, at_once=at_once), x, labels, eps=0.1, steps=3, norm="l2")
+        for at_once in (1, 150, AT_ONCE)
+    ]
+    assert torch.allclose(found[0], found[2], atol=1e-12)
+    assert torch.allclose(found[1], found[2], atol=1e-12)
+
+
+def test_guesses_of_the_usual_size_are_made_in_one_go():
+    calls = []
+    for shape, samples in (((30, 64), 20), ((300, 1, 8, 8), 50), ((50, 1, 28, 28), 50)):
+        nes_gradient(lambda p: calls.append(len(p)) or p.flatten(1)[:, 0], torch.zeros(shape),
+                     samples=samples)  # fmt: skip
+    assert calls == [600, 15_000, 2_500]
+    calls.clear()
+    nes_gradient(lambda p: calls.append(p.numel()) or p[:, 0], torch.zeros(500, 784), samples=12)
+    assert max(calls) <= AT_ONCE < sum(calls)
+
+
 def test_the_angle_of_a_guess():
     x, gradient = inputs(400, 64), torch.randn(64, dtype=torch.float64)
     guess = nes_gradient(lambda p: p @ gradient, x, samples=50)
@@ -341,6 +379,23 @@ def test_modules_inside_are_in_evaluation_mode_and_stay_what_they_are():
     assert all(m.training for part in (purify, net) for m in part.modules())
 
 
+def test_an_attack_reaches_the_networks_behind_an_argmin():
+    """Each of them would give other logits at every call if it stayed in training mode."""
+    x, y = torch.rand(8, 6), torch.zeros(8, dtype=torch.int64)
+    encode, decode, net = (nn.Sequential(nn.Linear(6, 6), nn.Dropout()) for _ in range(3))
+    inner = lambda z, x: (decode(z) - x).square().sum(dim=1)  # noqa: E731
+    readout = lambda z, x: net(z)  # noqa: E731
+    warm = lambda: WarmStart(encode, lambda z, x: z - 0.1 * (z - encode(x)), inner)  # noqa: E731
+    for model in (
+        lambda: implicit(encode, inner, readout),
+        lambda: implicit(warm(), inner, readout),
+        lambda: backtracking(warm(), inner, readout, steps=2),
+        lambda: backtracking(encode, inner, readout, steps=2, memory="constant"),
+    ):
+        assert torch.equal(*(pgd(model(), x, y, eps=0.1, steps=2) for _ in range(2)))
+    assert all(m.training for part in (encode, decode, net) for m in part.modules())
+
+
 def test_a_warm_solver_starts_at_the_better_of_two_answers():
     log = []
 
@@ -353,7 +408,7 @@ def test_a_warm_solver_starts_at_the_better_of_two_answers():
         return z + 10
 
     inner = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
-    warm, x = WarmStart(solve, refine, inner), inputs(2, 1)
+    warm, x = WarmStart(solve, refine, inner, far=15.0), inputs(2, 1)
     warm(x[:1] + 1)
     assert warm(x).flatten().tolist() == [0, 0]
     assert warm(x).flatten().tolist() == [10, 10]
@@ -375,6 +430,38 @@ def test_a_warm_solver_starts_at_the_better_of_two_answers():
     assert log[-1] == ("full", 2)
 
 
+def test_a_warm_solver_knows_its_inputs_by_where_they_are():
+    log = []
+    solve = lambda x: log.append(len(x)) or x.clone()  # noqa: E731
+    warm = WarmStart(solve, lambda z, x: z, lambda z, x: (z - x).square().sum(dim=1))
+    x = inputs(3, 6)
+    for step in range(5):
+        warm(x + 0.049 * step)
+    warm(x)
+    assert log == [3], "steps, and a round that begins where the first one did"
+    far = x.clone()
+    far[1] += 0.051
+    assert torch.equal(warm(far), far)
+    warm(inputs(3, 6, seed=2))
+    assert log == [3, 3, 3], "one sample elsewhere makes a new batch"
+    warm(far)
+    assert log == [3, 3, 3, 3], "the first inputs are now those of another batch"
+    any_batch = WarmStart(solve, lambda z, x: z, warm.inner, far=math.inf)
+    any_batch(x)
+    any_batch(x + 9)
+    assert len(log) == 5
+
+
+def test_the_accuracy_of_a_warm_solver_does_not_depend_on_the_chunk():
+    inner = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
+    readout = lambda z, x: z[:, :3]  # noqa: E731
+    x = inputs(20, 5)
+    y = x[:, :3].argmax(dim=1)
+    for chunk in (20, 10, 5, 1):
+        warm = WarmStart(torch.clone, lambda z, x: z + 0.1 * (x - z), inner)
+        assert accuracy(implicit(warm, inner, readout), x, y, chunk=chunk) == 1
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_other_images_are_no_copies(count):
     log = []
@@ -386,9 +473,13 @@ def test_other_images_are_no_copies(count):
     warm = WarmStart(solve, lambda z, x: z, lambda z, x: (z - x).square().sum(dim=1))
     net, x = affine(2, 6), inputs(count, 6)
     model, y = nes(lambda x: net(warm(x)), samples=10, sigma=3.0), torch.zeros(count).long()
-    pgd(model, x, y, eps=0.1, steps=3, random_start=False)
+    pgd(model, x, y, eps=0.05, steps=3, random_start=False)
     assert log.pop(0) == 1, "the look at the first sample"
     assert log == [count] * (count > 1), "draws are copies, however wide"
+    blocks = nes(model.model, samples=10, sigma=3.0, at_once=4 * x.numel())
+    asked, _ = len(log), warm.reset()
+    pgd(blocks, x, y, eps=0.05, steps=3, random_start=False)
+    assert log[asked:] == [1, count][:count], "those of a block as well"
     others = inputs(4 * count, 6, seed=2)
     assert torch.equal(warm(others), others)
     assert log[-1] == 4 * count
@@ -713,6 +804,7 @@ SAME = {"encode": torch.clone, "decode": torch.clone, "classifier": NET}
         (lambda: unroll(FLAT, X, X, steps=-1, step_size=0.1), ValueError),
         (lambda: unroll(FLAT, X, X, steps=None, step_size=0.1), TypeError),
         (lambda: WarmStart(NET, FLAT, FLAT, reach=-1.0), ValueError),
+        (lambda: WarmStart(NET, FLAT, FLAT, far=-1.0), ValueError),
         (lambda: latent_walk(NET, X, Y, explain=NET, growth=None), TypeError),
         (lambda: latent_walk(NET, X, Y, explain=NET, halvings=None), TypeError),
         (lambda: backtracking(NET, FLAT, FLAT, steps=1.5), TypeError),
@@ -732,6 +824,8 @@ SAME = {"encode": torch.clone, "decode": torch.clone, "classifier": NET}
         (lambda: nes(NET, seed=-1), ValueError),
         (lambda: nes_gradient(FLAT, X, samples=5), ValueError),
         (lambda: nes_gradient(FLAT, X, samples=2.0), TypeError),
+        (lambda: nes_gradient(FLAT, X, at_once=0), ValueError),
+        (lambda: nes(NET, at_once=0), ValueError),
         (lambda: distortion_search(NET, X, Y, update="up"), ValueError),
         (lambda: distortion_search(NET, X, Y, weight=0), ValueError),
         (lambda: distortion_search(NET, X, Y, weight=1e16), ValueError),
