@@ -55,8 +55,8 @@ def fgsm(
     r"""Fast gradient (sign) method: one steepest step of length ``eps``, clipped to the bounds.
 
     $x_{adv}=\operatorname{clip}(x+\varepsilon\,v_p(\nabla_x\ell))$, with $v_p$ the steepest unit
-    step; under linf $v_p=\operatorname{sign}$. Exact on affine models with two classes while the
-    bounds stay away (under linf, in any box).
+    step; under linf $v_p=\operatorname{sign}$. Exact on affine models with two classes as long as
+    no bound is active (under linf, in any box).
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits.
