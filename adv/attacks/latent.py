@@ -204,8 +204,9 @@ def latent_pgd(
         best = Best(center)
         for restart in range(restarts):
             draws = generator(seed, restart)
-            start = noise(center, eps, norm, generator=draws)
-            zeta = start if random_start else torch.zeros_like(center)
+            zeta = torch.zeros_like(center)
+            if random_start:
+                zeta = noise(center, eps, norm, generator=draws)
             for step in range(steps):
                 z = center + zeta
                 logits, gradient = loss_gradient(through, z, y, climb)

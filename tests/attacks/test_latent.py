@@ -106,6 +106,15 @@ def test_one_step_in_any_norm_and_the_last_point_of_pgd_count(scene, loss):
     assert torch.allclose(margin(model(one), y), least_margin(*scene, 0.7, "linf"), atol=1e-9)
 
 
+def test_nothing_is_drawn_without_a_random_start(scene, monkeypatch):
+    model, x, y, manifold = scene
+    monkeypatch.setattr("adv.attacks.latent.noise", None)
+    given = {"manifold": manifold, "eps": 0.7, "steps": 2, "bounds": WIDE}
+    assert latent_pgd(model, x, y, random_start=False, **given).shape == x.shape
+    with pytest.raises(ValueError, match="seed"):
+        latent_pgd(model, x, y, random_start=False, seed=-1, **given)
+
+
 def test_a_manifold_in_training_mode_is_used_in_evaluation_mode(digits):
     model, x, y, manifold = digits
 
