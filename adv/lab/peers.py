@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -134,7 +134,7 @@ def _brendel_bethge(call: _Call) -> Tensor:
     begun = other.any(dim=1)
     result = call.x.clone()
     if begun.any():
-        part = _Call(call.model, call.x[begun], call.y[begun], *_rest(call))
+        part = replace(call, x=call.x[begun], y=call.y[begun])
         start = call.x[apart.argmin(dim=1)[begun]]
         # Its trust region is the product of lr and of the size of the whole batch.
         lr = call.settings.get("lr", 1.0) / len(start)
@@ -311,10 +311,6 @@ def _kept(model: nn.Module, x: Tensor, y: Tensor, found: Tensor, bounds: Bounds)
             if not waiting.any():
                 break
     return result
-
-
-def _rest(call: _Call) -> tuple[str, int, Bounds, Settings]:
-    return call.norm, call.steps, call.bounds, call.settings
 
 
 def _foolbox(
