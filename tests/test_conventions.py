@@ -1,10 +1,8 @@
 """The conventions that hold across the module: import direction, docstrings, attacks' manners."""
 
 import ast
-import importlib
 import inspect
 import math
-import pkgutil
 import random
 import re
 from pathlib import Path
@@ -12,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from helpers import EPS, attacks, call, has_goal, lengths, make_scene
 
 import adv
-import adv.attacks
 from adv.geometry import norm as length
 from adv.geometry import pixels
 
@@ -164,25 +161,11 @@ def test_docstrings_say_what_each_parameter_is(module, node):
 # ---------------------------------------------------------------------------------------- attacks
 
 
-def attacks():
-    """Public functions of the families that take a model, inputs and what to aim at.
-
-    A function of the inputs alone is noise, not an attack.
-    """
-    for info in pkgutil.iter_modules(adv.attacks.__path__):
-        module = importlib.import_module(f"adv.attacks.{info.name}")
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            if name.startswith("_") or function.__module__ != module.__name__:
-                continue
-            given = list(inspect.signature(function).parameters)
-            if {"bounds", "seed"} <= set(given) and given[0] != "x":
-                yield pytest.param(function, id=f"{info.name}.{name}")
-
-
+ATTACKS = list(attacks())
 CONVENTION = {"targeted": False, "bounds": (0.0, 1.0), "seed": 0, "observe": None}
 
 
-@pytest.mark.parametrize("attack", list(attacks()))
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_signature(attack):
     given = inspect.signature(attack).parameters
     kinds = [p.kind for p in given.values()]
@@ -191,7 +174,7 @@ def test_signature(attack):
     assert positional[1] == "x"
     assert inspect.Parameter.VAR_POSITIONAL not in kinds
     assert {"bounds", "seed", "observe"} <= set(given)
-    assert {"eps", "steps", "queries"} & set(given)
+    assert {"eps", "steps"} & set(given)
     for name, default in CONVENTION.items():
         if name in given:
             assert given[name].default == default, name
@@ -199,75 +182,27 @@ def test_signature(attack):
     assert "Source:" in inspect.getdoc(attack)
 
 
-def callable_plainly(attack):
-    """Whether (model, x, y) and a radius are all that an attack needs."""
-    given = inspect.signature(attack).parameters
-    needed = {name for name, p in given.items() if p.default is p.empty}
-    return list(given)[:3] == ["model", "x", "y"] and needed <= {"model", "x", "y", "eps"}
+@pytest.fixture(params=["module", "function"])
+def scene(request):
+    """Networks in training mode, seen by an attack as modules or inside functions."""
+    return make_scene(request.param)
 
 
-PLAIN = [param for param in attacks() if callable_plainly(param.values[0])]
-EPS = 0.3
-
-
-@pytest.fixture
-def scene():
-    """A network with every kind of state an attack could disturb, and inputs."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(16, 12),
-            nn.BatchNorm1d(12),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Linear(12, 3),
-        )
-        x = torch.rand(5, 1, 4, 4)
-        model.train()
-        model(torch.rand(64, 1, 4, 4))  # running statistics unlike the defaults
-    model[4].eval()
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 7.0)
-    model[1].weight.requires_grad_(False)
-    was = [module.training for module in model.modules()]
-    y = model.eval()(x).argmax(dim=1)
-    for module, flag in zip(model.modules(), was, strict=True):
-        module.training = flag
-    return model, x, y
-
-
-def regression(attack):
-    """Whether the targets are outputs, which have a default, and not labels."""
-    return inspect.signature(attack).parameters["y"].default is None
-
-
-def aim(attack, y):
-    """The labels, or for regression what the scene's network would return for them."""
-    return nn.functional.one_hot(y, 3).float() if regression(attack) else y
-
-
-def settings_for(attack):
-    given = inspect.signature(attack).parameters
-    small = {"steps": 3, "queries": 20}
-    chosen = {name: value for name, value in small.items() if name in given}
-    return chosen | ({"eps": EPS} if "eps" in given else {})
-
-
-def state(model, x):
-    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), x]
-    flags = [m.training for m in model.modules()] + [p.requires_grad for p in model.parameters()]
+def state(scene):
+    parameters = list(scene.networks.parameters())
+    tensors = [*parameters, *scene.networks.buffers(), *(p.grad for p in parameters), scene.x]
+    flags = [m.training for m in scene.networks.modules()] + [p.requires_grad for p in parameters]
     generators = (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: NPY002
+    x = scene.x
     return [t.tolist() for t in tensors], flags, generators, x.requires_grad, x.grad is None
 
 
-@pytest.mark.parametrize("attack", PLAIN)
+@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.filterwarnings("ignore")
 def test_attacks_leave_everything_as_it_was(attack, scene):
-    model, x, y = scene[0], scene[1], aim(attack, scene[2])
-    before = state(model, x)
-    x_adv = attack(model, x, y, **settings_for(attack))
-    assert state(model, x) == before
+    before, x = state(scene), scene.x
+    x_adv = call(attack, scene)
+    assert state(scene) == before
     assert x_adv.shape == x.shape
     assert (x_adv.dtype, x_adv.device) == (x.dtype, x.device)
     assert not x_adv.requires_grad
@@ -275,52 +210,57 @@ def test_attacks_leave_everything_as_it_was(attack, scene):
     assert 0 <= x_adv.min() <= x_adv.max() <= 1
 
 
-@pytest.mark.parametrize("attack", PLAIN)
+@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.filterwarnings("ignore")
 def test_attacks_repeat_themselves_also_without_gradients(attack, scene):
-    model, x, y = scene[0], scene[1], aim(attack, scene[2])
-    first = attack(model, x, y, **settings_for(attack))
+    first = call(attack, scene)
     torch.rand(3)  # the global state plays no part
     with torch.no_grad():
-        assert torch.equal(attack(model, x, y, **settings_for(attack)), first)
+        assert torch.equal(call(attack, scene), first)
 
 
-@pytest.mark.parametrize("attack", PLAIN)
+@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.filterwarnings("ignore")
 def test_radius_is_kept_and_observe_is_called(attack, scene):
-    model, x, y = scene[0], scene[1], aim(attack, scene[2])
-    seen = []
-    x_adv = attack(
-        model, x, y, observe=lambda step, state: seen.append(state), **settings_for(attack)
-    )
+    seen, x = [], scene.x
+    x_adv = call(attack, scene, observe=lambda step, state: seen.append(state))
     assert seen
     assert all(isinstance(entry, dict) and entry for entry in seen)
     given = inspect.signature(attack).parameters
     if "eps" in given and "norm" in given:
-        kind = given["norm"].default
-        distance = pixels(x_adv - x) if kind == "l0" else length(x_adv - x, kind)
+        kind, plane = given["norm"].default, scene.networks["plane"].eval()
+        with torch.no_grad():  # of a latent attack the radius is the code's
+            delta = plane.code(x_adv) - plane.encode(x) if "manifold" in given else x_adv - x
+        distance = pixels(delta) if kind == "l0" else length(delta, kind)
         assert distance.max() <= EPS + 1e-5
 
 
-@pytest.mark.parametrize("attack", PLAIN)
-@pytest.mark.filterwarnings("ignore")
+CHANGES = {
+    "bounds": (lambda x, y: (x + 1, y), ValueError),
+    "nan": (lambda x, y: (x * math.nan, y), ValueError),
+    "integers": (lambda x, y: ((10 * x).long(), y), TypeError),
+    "numpy": (lambda x, y: (x.numpy(), y), TypeError),
+    "count": (lambda x, y: (x, y[:2]), ValueError),
+    "target": (lambda x, y: (x, y + (math.nan if y.is_floating_point() else 3)), ValueError),
+    "target type": (lambda x, y: (x, y.long() if y.is_floating_point() else y.float()), TypeError),
+}
+OF_A_GOAL = ("count", "target", "target type")
+
+
 @pytest.mark.parametrize(
-    ("change", "error"),
+    ("attack", "name"),
     [
-        (lambda x, y: (x + 1, y), ValueError),
-        (lambda x, y: (x * math.nan, y), ValueError),
-        (lambda x, y: ((10 * x).long(), y), TypeError),
-        (lambda x, y: (x, y[:2]), ValueError),
-        (lambda x, y: (x, y + (math.nan if y.is_floating_point() else 3)), ValueError),
-        (lambda x, y: (x, y.long() if y.is_floating_point() else y.float()), TypeError),
-        (lambda x, y: (x.numpy(), y), TypeError),
+        pytest.param(attack.values[0], name, id=f"{attack.id} {name}")
+        for attack in ATTACKS
+        for name in CHANGES
+        if has_goal(attack.values[0]) or name not in OF_A_GOAL
     ],
-    ids=["bounds", "nan", "integers", "count", "target", "target type", "numpy"],
 )
-def test_bad_input_is_refused(attack, scene, change, error):
-    model, x, y = scene[0], scene[1], aim(attack, scene[2])
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_is_refused(attack, name):
+    change, error = CHANGES[name]
     with pytest.raises(error):
-        attack(model, *change(x, y), **settings_for(attack))
+        call(attack, make_scene(), change)
 
 
 WRONG = [{"norm": "l9"}, {"norm": 0.5}, {"eps": -0.1}, {"steps": 0}, {"seed": -1}]
@@ -330,12 +270,59 @@ WRONG = [{"norm": "l9"}, {"norm": 0.5}, {"eps": -0.1}, {"steps": 0}, {"seed": -1
     ("attack", "wrong"),
     [
         pytest.param(attack.values[0], wrong, id=f"{attack.id} {wrong}")
-        for attack in PLAIN
+        for attack in ATTACKS
         for wrong in WRONG
         if set(wrong) <= set(inspect.signature(attack.values[0]).parameters)
     ],
 )
-def test_bad_settings_are_refused(attack, wrong, scene):
-    model, x, y = scene[0], scene[1], aim(attack, scene[2])
+def test_bad_settings_are_refused(attack, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        attack(model, x, y, **settings_for(attack) | wrong)
+        call(attack, make_scene(), **wrong)
+
+
+# ---------------------------------------------------------------------------------------- devices
+
+# What is run on both devices besides the defaults, and besides targeted attacks.
+VARIANTS = {
+    "deepfool": [{"norm": "linf"}, {"norm": "linf", "targeted": True}],
+    "distortion_search": [{"update": "sign"}],
+    "fgsm": [{"norm": "l2"}, {"norm": "l1"}],
+    "gnm": [{"norm": norm, "steps": 4, "dither": 0.2} for norm in ("linf", "l2", "l1")],
+    "high_confidence": [{"norm": "linf"}],
+    "latent_pgd": [{"norm": "l2", "restarts": 2}],
+    "linear": [{"norm": norm, "accumulate": False} for norm in ("linf", "l2", "l1")],
+    "match": [{"norm": "linf", "restarts": 2}],
+    "pdpgd": [{"norm": norm, "steps": 60} for norm in ("linf", "l2", "l1", "l0")],
+    "pgd": [{"norm": norm, "restarts": 2} for norm in ("linf", "l2", "l1")],
+    "quadratic": [{"norm": "linf"}, {"norm": "l1"}],
+    "random_noise": [{"norm": "l2", "draws": 3}, {"norm": "l1", "draws": 3}],
+    "subset": [{"count": 2, "kind": "quadratic"}],
+    "successive_linearization": [{"norm": "l2", "dither": 0.2}],
+}
+
+
+def variants():
+    for attack in ATTACKS:
+        function = attack.values[0]
+        own = VARIANTS.get(function.__name__, [])
+        targeted = [{"targeted": True}] * ("targeted" in inspect.signature(function).parameters)
+        for settings in ({}, *own, *targeted):
+            yield pytest.param(function, settings, id=f"{attack.id} {settings}")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("attack", "settings"), list(variants()))
+@pytest.mark.filterwarnings("ignore")
+def test_devices_agree(attack, settings):
+    move = {"steps": 20} if "steps" in inspect.signature(attack).parameters else {}
+    change = lambda x, y: (x, (y + 1) % 3 if settings.get("targeted") else y)  # noqa: E731
+    here, there = (
+        call(attack, make_scene(device=place, dtype=torch.float64), change, **move | settings)
+        for place in ("cpu", "cuda")
+    )
+    assert there.device.type == "cuda"
+    if attack.__name__ == "pdpgd":  # of points that are equally near either may be found
+        x = make_scene(dtype=torch.float64).x
+        assert np.allclose(lengths(here - x, 2.0), lengths(there.cpu() - x, 2.0), rtol=1e-4)
+    else:
+        assert torch.allclose(here, there.cpu(), atol=1e-6)

@@ -209,11 +209,11 @@ def test_for_linear_generators_every_gradient_has_a_closed_form():
     assert torch.allclose(flat, gradient.expand(5, -1))
 
 
-def closed_forms():
+def closed_forms(device="cpu"):
     """A linear generator with its solver: every model of it, and where a Jacobian is right."""
     g = torch.Generator().manual_seed(1)
-    W = torch.randn(7, 3, generator=g, dtype=torch.float64)
-    net = affine(4, 7, seed=2)
+    W = torch.randn(7, 3, generator=g, dtype=torch.float64).to(device)
+    net = affine(4, 7, seed=2).to(device)
     inner = lambda z, x: (z @ W.T - x).square().sum(dim=1)  # noqa: E731
     pieces = (lambda x: x @ torch.linalg.pinv(W).T, inner, lambda z, x: net(z @ W.T))
     rule = {"steps": 3, "step_size": 0.02}
@@ -224,6 +224,32 @@ def closed_forms():
         "implicit": implicit(*pieces),
         "nes": nes(net, samples=4),
     }
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["graph", "bpda", "constant", "implicit", "nes"])
+def test_models_agree_on_all_devices(name):
+    x, y = inputs(5, 7), torch.arange(5) % 4
+    here, there = (
+        pgd(closed_forms(place)[name], x.to(place), y.to(place), eps=0.1, steps=5, norm="l2")
+        for place in ("cpu", "cuda")
+    )
+    assert there.is_cuda
+    assert torch.allclose(here, there.cpu(), atol=1e-9)
+
+
+@pytest.mark.cuda
+def test_a_warm_solver_agrees_on_all_devices():
+    x, y = inputs(5, 7), torch.arange(5) % 4
+
+    def attacked(place):
+        inner = lambda z, x: (z - x).square().sum(dim=1)  # noqa: E731
+        warm = WarmStart(torch.clone, lambda z, x: z + 0.5 * (x - z), inner)
+        net = affine(4, 7, seed=2).to(place)
+        model = nes(lambda x: net(warm(x)), samples=6, at_once=70)
+        return pgd(model, x.to(place), y.to(place), eps=0.05, steps=5)
+
+    assert torch.allclose(attacked("cpu"), attacked("cuda").cpu(), atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["graph", "bpda"])

@@ -395,13 +395,3 @@ def test_margin_step_wants_one_margin_for_each_gradient(shape):
 def test_bad_settings(wrong, error, says):
     with pytest.raises(error, match=says):
         gnm(affine(3, 4), inputs(2, 4), torch.tensor([0, 1]), **({"eps": 0.1} | wrong))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_device_makes_no_difference(norm):
-    model, x, y = affine(3, 8), inputs(6, 8), torch.arange(6) % 3
-    settings = {"eps": 0.3, "norm": norm, "steps": 4, "dither": 0.2}
-    here = gnm(model, x, y, **settings)
-    there = gnm(model.cuda(), x.cuda(), y.cuda(), **settings)
-    assert torch.allclose(here, there.cpu(), atol=1e-10)

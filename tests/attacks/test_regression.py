@@ -651,23 +651,3 @@ def test_inference_mode_makes_no_difference(curved):
         expected = run(x, y)
         with torch.inference_mode():
             assert torch.allclose(run(x * 1, y * 1), expected, atol=1e-12)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
-def test_the_device_makes_no_difference(norm, curved):
-    model, x, y = curved
-    here = [
-        quadratic(model, x, y, eps=EPS, norm=norm),
-        linear(model, x, y, eps=EPS, norm=norm, steps=3, accumulate=False),
-        subset(model, x, y, eps=EPS, count=2, kind="quadratic"),
-    ]
-    model.cuda()
-    x, y = x.cuda(), y.cuda()
-    there = [
-        quadratic(model, x, y, eps=EPS, norm=norm),
-        linear(model, x, y, eps=EPS, norm=norm, steps=3, accumulate=False),
-        subset(model, x, y, eps=EPS, count=2, kind="quadratic"),
-    ]
-    model.cpu()
-    assert all(torch.allclose(a, b.cpu(), atol=1e-8) for a, b in zip(here, there, strict=True))
