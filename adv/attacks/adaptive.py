@@ -31,8 +31,6 @@ from adv.attacks.common import (
     GradientWatch,
     Model,
     Observe,
-    _plain,
-    _recording,
     check_count,
     check_inputs,
     check_number,
@@ -45,6 +43,8 @@ from adv.attacks.common import (
     is_adversarial,
     loss_gradient,
     margin,
+    plain,
+    recording,
     settled,
 )
 from adv.geometry import norm as norm_of
@@ -122,8 +122,8 @@ def unroll(
     check_whole("steps", steps)
     check_positive("step_size", step_size)
     record = torch.is_grad_enabled() and x.requires_grad
-    with _recording():
-        z, x = _plain(z), x.clone() if x.is_inference() else x
+    with recording():
+        z, x = plain(z), x.clone() if x.is_inference() else x
         for _ in range(steps):
             z = z if z.requires_grad else z.requires_grad_()
             (g,) = torch.autograd.grad(inner(z, x).sum(), z, create_graph=record)
@@ -259,9 +259,9 @@ class _Graph:
     def __init__(self, inner: Inner, z: Tensor, x: Tensor, v: Tensor) -> None:
         if v.shape != z.shape:
             raise ValueError(f"v is shaped like z, {tuple(z.shape)}, not {tuple(v.shape)}")
-        with _recording():
-            self.z = _plain(z).requires_grad_()
-            self.x = _plain(x).requires_grad_()
+        with recording():
+            self.z = plain(z).requires_grad_()
+            self.x = plain(x).requires_grad_()
             (self.g,) = torch.autograd.grad(inner(self.z, self.x).sum(), self.z, create_graph=True)
 
     def product(self, p: Tensor) -> Tensor:
@@ -898,10 +898,10 @@ class _Surface:
 
         def price(codes: Tensor) -> Tensor:
             image = self.decode(codes)
-            shift, logits = image - _plain(self.made), self.classifier(image)
+            shift, logits = image - plain(self.made), self.classifier(image)
             seen.extend((shift.detach(), logits.detach()))
-            excess = (margin(logits, _plain(self.y)) + self.confidence).clamp_min(0)
-            return shift.flatten(1).square().sum(dim=1) + _plain(lam) * excess
+            excess = (margin(logits, plain(self.y)) + self.confidence).clamp_min(0)
+            return shift.flatten(1).square().sum(dim=1) + plain(lam) * excess
 
         _, gradient = input_gradient(price, z)
         return seen[0], seen[1], gradient

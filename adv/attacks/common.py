@@ -141,8 +141,8 @@ def objective(loss: Objective, targeted: bool = False) -> Loss:
 
 
 @contextmanager
-def _recording() -> Iterator[None]:
-    """Record a graph whatever the caller switched off."""
+def recording() -> Iterator[None]:
+    """Record a graph inside a block, also under ``no_grad`` and ``inference_mode``."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
@@ -150,7 +150,7 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _plain(x: Tensor) -> Tensor:
+def plain(x: Tensor) -> Tensor:
     """The values of ``x``, outside any graph (a copy where inference mode made ``x``)."""
     return x.clone() if x.is_inference() else x.detach()
 
@@ -174,8 +174,8 @@ def input_gradient(
     Raises:
         ValueError: the objective did not return one value for each sample.
     """
-    with _recording():
-        z = _plain(x).requires_grad_()
+    with recording():
+        z = plain(x).requires_grad_()
         value = objective(z.clone())  # which a layer may change in place
         if value.shape != x.shape[:1]:
             raise ValueError(
@@ -206,7 +206,7 @@ def loss_gradient(
 
     def value(z: Tensor) -> Tensor:
         seen.append(model(z))
-        return loss(seen[0], _plain(y))
+        return loss(seen[0], plain(y))
 
     _, gradient = input_gradient(value, x)
     return seen[0].detach(), gradient
@@ -224,8 +224,8 @@ def class_gradients(
     Returns:
         Logits (B, K) and Jacobian (B, K, ...), both detached; zero where no graph leads back to x.
     """
-    with _recording():
-        z = _plain(x).requires_grad_()
+    with recording():
+        z = plain(x).requires_grad_()
         logits = model(z.clone())
         unit = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         rows = unit[:, None].expand(-1, len(z), -1)

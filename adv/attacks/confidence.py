@@ -21,8 +21,6 @@ from adv.attacks.common import (
     GradientWatch,
     Model,
     Observe,
-    _plain,
-    _recording,
     check_count,
     check_inputs,
     check_labels,
@@ -34,6 +32,8 @@ from adv.attacks.common import (
     generator,
     input_gradient,
     is_adversarial,
+    plain,
+    recording,
     settled,
 )
 from adv.attacks.jacobian import FINITE
@@ -116,7 +116,7 @@ def high_confidence(
 
         keep(x)
         for step in range(steps):
-            log_p, w = input_gradient(lambda z: _log_p(model(z), _plain(target)), x_adv)
+            log_p, w = input_gradient(lambda z: _log_p(model(z), plain(target)), x_adv)
             w = watch.see(w, best.found)
             if observe is not None:
                 observe(step, {"x_adv": x_adv, "log_p": log_p, "target": target})
@@ -244,8 +244,8 @@ def unrolled(
     check_number("overshoot", overshoot)
     check_count("steps", steps)
     indicator = _indicator(stop)
-    with _recording(), eval_mode(model):
-        start, target = _plain(x), _plain(target)
+    with recording(), eval_mode(model):
+        start, target = plain(x), plain(target)
         c = _log_confidence(model, start, confidence).exp()
         delta, going = torch.zeros_like(start), torch.ones_like(c)
         for step in range(steps):

@@ -106,7 +106,7 @@ def gnm(
         return {"logits": logits}, gradient, is_adversarial(logits, y, targeted)
 
     with eval_mode(model):
-        return _iterate(tangent, "gnm()", x, eps, norm, steps, dither, bounds, seed, observe)
+        return dithered_ascent(x, tangent, "gnm()", eps, norm, steps, dither, bounds, seed, observe)
 
 
 def successive_linearization(
@@ -147,9 +147,8 @@ def successive_linearization(
     check_range(x, bounds)
     check_number("eps", eps)
     check_count("steps", steps)
-
-    tangent, name = _tangent(objective), "successive_linearization()"
-    return _iterate(tangent, name, x, eps, norm, steps, dither, bounds, seed, observe)
+    tangent, name = linearized(objective), "successive_linearization()"
+    return dithered_ascent(x, tangent, name, eps, norm, steps, dither, bounds, seed, observe)
 
 
 def margin_step(
@@ -273,8 +272,15 @@ def ensemble(models: Sequence[Model], weights: Sequence[float] | None = None) ->
 # ----------------------------------------------------------------------------------- the iteration
 
 
-def _tangent(objective: Callable[[Tensor], Tensor]) -> Tangent:
-    """The linearization of an objective to maximize, with which no sample is ever done."""
+def linearized(objective: Callable[[Tensor], Tensor]) -> Tangent:
+    """The linearization of an objective to maximize, for which no sample is ever done.
+
+    Args:
+        objective: ``x (B, ...) -> (B,)``, value ``i`` depending on sample ``i`` only.
+
+    Returns:
+        What ``dithered_ascent`` takes; it tells an observer the ``value`` (B,).
+    """
 
     def tangent(z: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         value, gradient = input_gradient(objective, z)
@@ -283,10 +289,10 @@ def _tangent(objective: Callable[[Tensor], Tensor]) -> Tangent:
     return tangent
 
 
-def _iterate(
+def dithered_ascent(
+    x: Float[Tensor, "B ..."],
     tangent: Tangent,
     name: str,
-    x: Tensor,
     eps: float,
     norm: Norm,
     steps: int,
@@ -294,10 +300,31 @@ def _iterate(
     bounds: Bounds,
     seed: int,
     observe: Observe | None,
-) -> Tensor:
+) -> Float[Tensor, "B ..."]:
     """Steps of length ``eps / steps``, each the best one for the tangent at a dithered point.
 
-    To be called by what ``name`` is, at whose caller warnings point.
+    What ``gnm``, ``successive_linearization`` and ``regression.linear`` have in common; they check
+    the input and choose the modes.
+
+    Args:
+        x: (B, ...) inputs inside ``bounds``.
+        tangent: a point (B, ...) to what an observer is told of it, the gradient (B, ...) there,
+            and which samples (B,) are done.
+        name: the public function that calls this one; warnings point at that function's caller.
+        eps: radius of the ball, >= 0, in the units of ``x``.
+        norm: ``"linf"``, ``"l2"``, ``"l1"`` or any number >= 1.
+        steps: number of steps.
+        dither: radii of the random offsets at the first steps.
+        bounds: smallest and largest value of an input.
+        seed: of the offsets.
+        observe: ``(step, state)``, called at each step with ``x_adv``, ``point``, ``gradient`` and
+            what the tangent tells.
+
+    Returns:
+        (B, ...) the last point, at most ``eps`` away and inside ``bounds``.
+
+    Raises:
+        TypeError, ValueError: a bad norm or seed, bad radii or more of them than steps.
     """
     radii, draws, watch = _radii(dither, steps), generator(seed), GradientWatch(x)
     boxed, x = exponent(norm) in (1.0, 2.0, math.inf), x.detach()

@@ -21,7 +21,6 @@ from adv.attacks.common import (
     Model,
     Objective,
     Observe,
-    _plain,
     check_inputs,
     check_labels,
     check_number,
@@ -32,6 +31,7 @@ from adv.attacks.common import (
     loss_gradient,
     margin,
     objective,
+    plain,
 )
 from adv.attacks.gradient import Noise, noise
 from adv.geometry import Norm, exponent, project, steepest
@@ -278,7 +278,7 @@ def latent_noise(
 
 def _through(model: Model, manifold: Manifold, y: Tensor, bounds: Bounds) -> Model:
     """The classifier as a function of the code."""
-    return lambda z: model(manifold.decode(z, _plain(y)).clamp(*bounds))
+    return lambda z: model(manifold.decode(z, plain(y)).clamp(*bounds))
 
 
 def _decode(manifold: Manifold, z: Tensor, y: Tensor, bounds: Bounds) -> Tensor:

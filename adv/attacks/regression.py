@@ -33,7 +33,7 @@ from adv.attacks.common import (
     input_gradient,
     objective,
 )
-from adv.attacks.convex import _iterate, _tangent
+from adv.attacks.convex import dithered_ascent, linearized
 from adv.attacks.gradient import noise
 from adv.attacks.jacobian import (
     Jacobian,
@@ -219,8 +219,10 @@ def linear(
             goal = model(x.clone()) if y is None else y
         error = _at(model, goal, _error)
         if accumulate:
-            tangent, name = _tangent(error), "linear()"
-            return _iterate(tangent, name, x, eps, norm, steps, radius, bounds, seed, observe)
+            tangent, name = linearized(error), "linear()"
+            return dithered_ascent(
+                x, tangent, name, eps, norm, steps, radius, bounds, seed, observe
+            )
         x = x.detach()
         box = room(x, bounds) if exponent(norm) in BOXED else None
         x_adv, watch = x, GradientWatch(x)
