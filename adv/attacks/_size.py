@@ -20,8 +20,6 @@ NAMES = {math.inf: "linf", 2.0: "l2", 1.0: "l1"}
 POWERS = {"l1/2": 1 / 2, "l2/3": 2 / 3}
 NEWTON = 5
 """Newton steps for the level of a proximal operator, twice as many for a crossing."""
-TOP = 64
-"""Entries that a crossing sorts at first, on a CPU; all of them where these do not reach."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,8 @@ def crossing(
     linear: exact unless nearly the whole box is needed, where under l2 less than a hundredth of
     the gap may be left.
     Under l1 the entries with the largest $|g_i|$ move as far as they can until the gap is closed,
-    under l0 those with the largest $|g_i|c_i$ (pixels: the largest sum over channels).
+    under l0 those with the largest $|g_i|c_i$ (pixels: the largest sum over channels); of equal
+    ones the first in memory.
 
     Args:
         g: (B, ...) gradients of the function that is to fall below 0.
@@ -245,14 +244,14 @@ def _ray(size: Tensor, rate: Tensor, cap: Tensor, c: Tensor) -> Tensor:
 
 
 def _greedy(key: Tensor, cap: Tensor, c: Tensor) -> Tensor:
-    """How much of ``cap`` to take in the order of ``key`` until the sum weighted by it is c."""
-    few = min(key.shape[1], TOP) if key.device.type == "cpu" else key.shape[1]
-    for count in (few, key.shape[1]):  # all of them are sorted only where the first do not do
-        key_, order = key.topk(count, dim=1)
-        cap_ = cap.gather(1, order)
-        total = (key_ * cap_).cumsum(dim=1)
-        if count == key.shape[1] or bool((total[:, -1:] >= c).all()):
-            break
+    """How much of ``cap`` to take in the order of ``key`` until the sum weighted by it is c.
+
+    Of equal keys the first comes first. ``topk`` would leave that open, and what a sample gets
+    could then depend on the others in its batch.
+    """
+    key_, order = key.sort(dim=1, descending=True, stable=True)
+    cap_ = cap.gather(1, order)
+    total = (key_ * cap_).cumsum(dim=1)
     left = (c - total + key_ * cap_).clamp_min(0)
     taken = torch.minimum(left / torch.where(key_ > 0, key_, 1.0), cap_)
     return torch.zeros_like(key).scatter(1, order, taken)

@@ -80,6 +80,18 @@ def test_crossing_takes_the_fewest_values_or_pixels(kind):
         assert float((g_[0] * delta).sum()) <= -gap + 1e-9
 
 
+@pytest.mark.parametrize("kind", ["l1", "l0", "group_l0"])
+def test_crossing_among_equal_slopes_does_not_depend_on_the_batch(kind):
+    """The first of them move, whether or not another sample needs nearly all."""
+    g = torch.ones(2, 1, 15, 20)
+    g[:, :, 8:] = -1
+    box = -0.5 * torch.ones_like(g), 0.5 * torch.ones_like(g)
+    alone = crossing(g[:1], torch.tensor([5.0]), kind, box=(box[0][:1], box[1][:1]))
+    beside = crossing(g, torch.tensor([5.0, 140.0]), kind, box=box)
+    assert torch.equal(beside[:1], alone)
+    assert alone.flatten().nonzero().flatten().tolist() == list(range(10))
+
+
 def test_crossing_out_of_reach_is_the_best_corner_and_nothing_moves_on_the_far_side():
     g, x = torch.tensor([[1.0, -2.0, 0.0]] * 2), torch.full((2, 3), 0.25)
     for kind in [*NORMS, "l0"]:
