@@ -253,6 +253,9 @@ def row_products(
 
     Returns:
         (n, ...) products shaped like ``inputs``; zero where no graph leads back to them.
+
+    Raises:
+        RuntimeError: out of memory.
     """
     zeros = rows.new_zeros(len(rows), *inputs.shape)
     if not outputs.requires_grad:
@@ -264,10 +267,18 @@ def row_products(
 
     if len(rows) > 1:
         # A layer that cannot be batched raises, or is slow and says so.
-        with suppress(RuntimeError), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*batching rule.*")
-            products = grad(rows, is_grads_batched=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*batching rule.*")
+                products = grad(rows, is_grads_batched=True)
             return zeros if products is None else products
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                error.add_note(
+                    f"{len(rows)} backward passes at once took too much memory: "
+                    "attack fewer samples at once, or lower adv.attacks.common.AT_ONCE"
+                )
+                raise
     single = [grad(row) for row in rows]
     return zeros if single[0] is None else torch.stack(single)
 

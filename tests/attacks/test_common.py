@@ -183,6 +183,38 @@ def test_class_gradients_without_vmap_support(net, x):
     assert torch.allclose(jacobian, expected[1])
 
 
+class Greedy(torch.autograd.Function):
+    """tanh whose backward has no memory for a batch, and says so in one of two ways."""
+
+    error: Exception
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Greedy.calls += 1
+        raise Greedy.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_out_of_memory_is_no_layer_that_cannot_be_batched(net, x, error):
+    Greedy.error, Greedy.calls = error, 0
+    with pytest.raises(RuntimeError, match="memory") as caught:
+        class_gradients(lambda z: net[3](Greedy.apply(net[1](net[0](z)))), x)
+    assert Greedy.calls == 1
+    assert "AT_ONCE" in caught.value.__notes__[-1]
+
+
 def test_class_gradients_are_one_forward_pass(net, x):
     calls = []
     net.register_forward_hook(lambda *_: calls.append(1))
