@@ -474,10 +474,7 @@ def generator(seed: int, *stream: int) -> torch.Generator:
         ValueError: a negative seed.
     """
     for value in (seed, *stream):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(f"seed is an integer >= 0, not {value!r}")
-        if value < 0:
-            raise ValueError(f"seed is an integer >= 0, not {value}")
+        check_seed(value)
     state = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -704,3 +701,13 @@ def _first(model: Model, x: Tensor) -> Any:
         if weight is not None and (weight.dtype, weight.device) != (x.dtype, x.device):
             told += f" (its weights are {weight.dtype} on {weight.device})"
         raise ValueError(f"the model does not take x[:1], {told}: {error}") from error
+def check_seed(seed: int) -> None:
+    """Raise unless ``seed`` is an integer >= 0; for attacks that draw nothing, too.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: negative.
+    """
+    check_whole("seed", seed)
+
+

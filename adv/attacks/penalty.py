@@ -25,9 +25,9 @@ from adv.attacks.common import (
     Observe,
     check_inputs,
     check_number,
+    check_seed,
     eval_mode,
     expand,
-    generator,
     is_adversarial,
     loss_gradient,
     margin,
@@ -86,7 +86,7 @@ def lbfgs(
 
     Source: Szegedy et al. (2014), section 4.1; Matyasko (2020), (2.14); chapter ``benchmark``.
     """
-    generator(seed)
+    check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, searches=searches)
     _check_positive("weight", weight, x)
     x, watch, parts = x.detach(), GradientWatch(x), []
@@ -229,7 +229,7 @@ def carlini_wagner(
     Source: Carlini and Wagner (2017), section VI; Matyasko (2020), section 2.4; chapter
     ``benchmark``.
     """
-    generator(seed)
+    check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, searches=searches)
     check_number("confidence", confidence)
     _check_positive("weight", weight, x)

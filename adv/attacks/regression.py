@@ -27,6 +27,7 @@ from adv.attacks.common import (
     check_number,
     check_outputs,
     check_range,
+    check_seed,
     eval_mode,
     expand,
     generator,
@@ -119,7 +120,8 @@ def quadratic(
     """
     check_outputs(model, x, y, bounds, eps, steps=steps, restarts=restarts)
     check_number("tol", tol)
-    p, _ = exponent(norm), generator(seed)
+    p = exponent(norm)
+    check_seed(seed)
     if rule is not None and (p != math.inf or rule not in get_args(Rule)):
         raise ValueError(f"rule is 'greedy', 'search' or 'iterate', under linf; not {rule!r}")
     x, best, watch, count = x.detach(), Best(x), GradientWatch(x), itertools.count()

@@ -16,6 +16,8 @@ from adv.attacks.common import (
     GradientWatch,
     check_inputs,
     class_gradients,
+    check_range,
+    check_seed,
     eval_mode,
     expand,
     generator,
@@ -430,9 +432,11 @@ def test_generator_is_its_own():
 
 
 @pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (0.5, TypeError), (True, TypeError)])
-def test_generator_refuses(seed, error):
-    with pytest.raises(error, match="seed is an integer"):
-        generator(seed)
+def test_seeds_are_refused(seed, error):
+    for check in (check_seed, generator, partial(generator, 0)):
+        with pytest.raises(error, match="seed is an integer"):
+            check(seed)
+    check_seed(0)
 
 
 # checks
