@@ -60,7 +60,9 @@ Attack = Callable[..., Tensor]
 CHUNK = 500
 FINITE = (-sys.float_info.max, sys.float_info.max)
 SYMBOLS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
-SYMBOLS |= dict.fromkeys(("l0", "group_l0"), "pixels")
+PIXELS = ("l0", "group_l0")
+"""Norms whose radius is a number of pixels."""
+SYMBOLS |= dict.fromkeys(PIXELS, "pixels")
 
 
 # ------------------------------------------------------------------------------------- at points
@@ -195,7 +197,7 @@ def rho_adv(x: Float[Tensor, "N ..."], norms: Float[Tensor, " N"], *, norm: Norm
     Args:
         x: (N, ...) inputs.
         norms: (N,) what ``minimal_norms`` returned for them in the same norm.
-        norm: the norm.
+        norm: the norm; l0 and group_l0 count pixels.
 
     Returns:
         The mean, dimensionless; NaN where no sample counts, infinity where one that counts is zero
@@ -386,7 +388,7 @@ def minimal_norms(
         x_adv = perturb(model, x[correct], y[correct], attack, **options)
         found = _judged(model, x_adv, y[correct], chunk=chunk)
         norm = _norm_of(attack, options.get("norm"))
-        distance = _length(x_adv - x[correct], "l0" if str(norm) == "group_l0" else norm)
+        distance = _length(x_adv - x[correct], norm)
         norms[correct] = torch.where(found, distance.to(x.dtype), math.inf)
     return norms
 
@@ -645,8 +647,8 @@ def _share(flags: Tensor) -> float:
 
 
 def _length(delta: Tensor, norm: Norm) -> Tensor:
-    """The length a radius bounds: under l0 the number of pixels."""
-    return pixels(delta) if norm == "l0" else length(delta, norm)
+    """The length a radius bounds: under l0 and group_l0 the number of pixels."""
+    return pixels(delta) if norm in PIXELS else length(delta, norm)
 
 
 def _takes(attack: Attack, name: str) -> bool:
@@ -714,7 +716,7 @@ def _check_points(x: Tensor, x_adv: Tensor, eps: float | None, norm: Norm, bound
     if eps is None:
         return
     farthest = _length(x_adv - x, norm).max().item()
-    p = 0.0 if norm == "l0" else exponent(norm)
+    p = 0.0 if norm in PIXELS else exponent(norm)
     # x + delta is rounded entry by entry, by which the norm of the difference can grow.
     entries = x[0].numel() ** (1 / p) if p else 0.0
     if farthest > eps * (1 + 1e-5) + 1e-6 + torch.finfo(x.dtype).eps * entries:
