@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from numbers import Real
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,8 @@ TOLERANCE = 1e-6
 """A margin counts as negative below ``-TOLERANCE`` times the sample's largest absolute logit."""
 DEPTH = 3
 """How deep in a function its networks are looked for."""
+MANY = 1000
+"""Collections of more entries are data, in which no networks are looked for."""
 AT_ONCE = 2**20
 """How many entries of class gradients one backward pass takes; more cost memory, and CPUs time."""
 ONE_LOGIT = "write one logit f (B,) as torch.stack([torch.zeros_like(f), f], 1)"
@@ -286,8 +288,9 @@ def row_products(
 class GradientWatch:
     """Counts, on the device, the samples stuck on a zero gradient; warns once after the loop.
 
-    A gradient that is zero (or not finite) before the attack has succeeded tells nothing about the
-    model's robustness: saturated losses, rounding layers and dead units all produce it.
+    A gradient that is zero (or zero but for entries that are not finite) before the attack has
+    succeeded tells nothing about the model's robustness: saturated losses, rounding layers and dead
+    units all produce it, and overflow.
 
     Args:
         x: (B, ...) the inputs, for their number and device.
@@ -295,7 +298,7 @@ class GradientWatch:
 
     def __init__(self, x: Tensor) -> None:
         self.stuck = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.done = self.stuck.clone()
+        self.done, self.broken = self.stuck.clone(), self.stuck.clone()
 
     def see(self, gradient: Tensor, adversarial: Tensor) -> Tensor:
         """Note the samples of a step; return the gradient with non-finite entries set to zero.
@@ -305,9 +308,11 @@ class GradientWatch:
             adversarial: (B,) the samples that are adversarial at this step; what their gradients
                 do from here on is of no account.
         """
+        finite = gradient.isfinite().flatten(1).all(dim=1)
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         self.done |= adversarial
         self.stuck |= (gradient == 0).flatten(1).all(dim=1) & ~self.done
+        self.broken |= self.stuck & ~finite & ~self.done
         return gradient
 
     def report(self, attack: str, depth: int = 3) -> None:
@@ -318,11 +323,14 @@ class GradientWatch:
             depth: how many calls up the warning points: 3 for the caller of the attack that calls
                 this.
         """
-        stuck = int(self.stuck.sum())
-        if stuck:
+        broken = int(self.broken.sum())
+        vanished = int(self.stuck.sum()) - broken
+        if vanished or broken:
+            happened = [f"vanished for {vanished}"] * bool(vanished)
+            happened += [f"was not finite for {broken}"] * bool(broken)
             warnings.warn(
-                f"{attack}: the input gradient vanished for {stuck} of {len(self.stuck)} samples "
-                "that were not adversarial; its failures are no evidence of robustness "
+                f"{attack}: the input gradient {' and '.join(happened)} of {len(self.stuck)} "
+                "samples that were not adversarial; its failures are no evidence of robustness "
                 "(try float64, adv.attacks.adaptive or, of an attack with a loss, 'margin')",
                 GradientMaskingWarning,
                 stacklevel=depth,
@@ -393,10 +401,11 @@ def settled(flags: Bool[Tensor, " B"], step: int) -> bool:
 def networks(model: Model) -> list[nn.Module]:
     """The networks that run where a model is called: itself, or those that a function holds.
 
-    A function's are looked for in what it closes over, in the globals that it names, in its default
-    values, in the object of a bound method, in the arguments bound by ``functools.partial`` and in
-    the attributes of a callable object; there again, and in lists and dictionaries, ``DEPTH`` times
-    over. One that a function makes or loads itself is not seen.
+    A function's are looked for in what it closes over, in the globals that it (or a function
+    defined in it) names, in its default values, in the object of a bound method and in the
+    arguments bound by ``functools.partial``; a callable object's in its attributes and in its
+    ``__call__``; there again, and in lists and dictionaries of up to ``MANY`` entries, ``DEPTH``
+    times over. One that a function makes or loads itself is not seen.
 
     Args:
         model: a module or any other callable.
@@ -432,16 +441,39 @@ def _inside(value: Any) -> list[Any]:
         return [value.__self__, value.__func__]
     if isinstance(value, FunctionType):
         parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        loads = (one.argval for one in dis.get_instructions(value) if one.opname == "LOAD_GLOBAL")
-        named = [value.__globals__[name] for name in loads if name in value.__globals__]
+        names = _globals_named(value.__code__)
+        named = [value.__globals__[name] for name in names if name in value.__globals__]
         return [*parts, *closed_over(value).values(), *named]
-    if isinstance(value, list | tuple):
-        return list(value)
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, type | ModuleType):
-        return []
-    return list(getattr(value, "__dict__", {}).values())
+    if isinstance(value, list | tuple | dict):
+        entries = value.values() if isinstance(value, dict) else value
+        return list(entries) if len(value) <= MANY else []
+    return [] if isinstance(value, type | ModuleType | Tensor) else _attributes(value)
+
+
+def _globals_named(code: CodeType) -> list[str]:
+    """The globals that a function's code names, also in the functions that it defines."""
+    names = [one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL"]
+    inner = (part for part in code.co_consts if isinstance(part, CodeType))
+    return [*names, *(name for part in inner for name in _globals_named(part))]
+
+
+def _attributes(value: Any) -> list[Any]:
+    """An object's own attributes, ``__call__``, and its class's networks and collections."""
+    own = getattr(value, "__dict__", {})
+    named: dict[str, Any] = {}
+    for kind in reversed(type(value).__mro__):
+        if kind.__module__ != "builtins":
+            named |= vars(kind)
+    found = list(own.values())
+    for name, held in named.items():
+        if isinstance(held, MemberDescriptorType):  # a slot
+            with suppress(AttributeError):
+                found.append(held.__get__(value))
+        elif name == "__call__" or (
+            name not in own and isinstance(held, nn.Module | list | tuple | dict)
+        ):
+            found.append(held)
+    return found
 
 
 @contextmanager
@@ -497,7 +529,7 @@ def check_inputs(
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits.
-        x: (B, ...) floating-point inputs inside ``bounds`` (rounding of 1e-6 allowed).
+        x: (B, ...) floating-point inputs inside ``bounds``, up to ``bounds_slack``.
         y: (B,) int64 labels in 0..K-1, on the device of ``x``.
         bounds: smallest and largest value of an input.
         eps: radius, >= 0.
@@ -582,8 +614,21 @@ def check_outputs(
         raise ValueError("y is not finite")
 
 
+def rounding(bounds: Bounds, dtype: torch.dtype) -> float:
+    """The relative precision of a type times the largest bound (1 if that is less).
+
+    A value within the bounds, or a sum of such values, is rounded by half of it at most.
+    """
+    return torch.finfo(dtype).eps * max(1.0, *map(abs, bounds))
+
+
+def bounds_slack(bounds: Bounds, dtype: torch.dtype) -> float:
+    """How far outside the bounds a value may lie: 1e-6, or four roundings where these are more."""
+    return max(1e-6, 4 * rounding(bounds, dtype))
+
+
 def check_range(x: Float[Tensor, "B ..."], bounds: Bounds) -> None:
-    """Raise unless ``x`` is a floating-point batch inside ``bounds``, to 1e-6 in its own units.
+    """Raise unless ``x`` is a floating-point batch inside ``bounds``, up to ``bounds_slack``.
 
     Raises:
         TypeError: not a tensor of float32 or float64, or bounds that are not two numbers.
@@ -604,7 +649,7 @@ def check_range(x: Float[Tensor, "B ..."], bounds: Bounds) -> None:
     smallest, largest = (float(value) for value in torch.aminmax(x.detach()))
     if math.isnan(smallest) or math.isnan(largest):
         raise ValueError("x contains NaN")
-    if smallest < low - 1e-6 or largest > high + 1e-6:
+    if max(low - smallest, largest - high) > bounds_slack(bounds, x.dtype):
         raise ValueError(
             f"x spans [{smallest:.9g}, {largest:.9g}], outside the bounds [{low:g}, {high:g}]; "
             "rescale x, or say bounds=..."
@@ -674,6 +719,16 @@ def check_whole(name: str, value: int) -> None:
         raise ValueError(f"{name} is an integer >= 0, not {value}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise unless ``seed`` is an integer >= 0; for attacks that draw nothing, too.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: negative.
+    """
+    check_whole("seed", seed)
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a number in (0, 1e30].
 
@@ -701,13 +756,3 @@ def _first(model: Model, x: Tensor) -> Any:
         if weight is not None and (weight.dtype, weight.device) != (x.dtype, x.device):
             told += f" (its weights are {weight.dtype} on {weight.device})"
         raise ValueError(f"the model does not take x[:1], {told}: {error}") from error
-def check_seed(seed: int) -> None:
-    """Raise unless ``seed`` is an integer >= 0; for attacks that draw nothing, too.
-
-    Raises:
-        TypeError: not an integer.
-        ValueError: negative.
-    """
-    check_whole("seed", seed)
-
-

@@ -124,7 +124,8 @@ def successive_linearization(
     r"""The iteration of ``gnm`` for any objective to maximize, a regression error for one.
 
     Args:
-        objective: ``x (B, ...) -> (B,)``, value ``i`` depending on sample ``i`` only.
+        objective: ``x (B, ...) -> (B,)``, value ``i`` depending on sample ``i`` only; networks in
+            it are run in evaluation mode.
         x: (B, ...) inputs inside ``bounds``.
         eps: radius of the ball, >= 0, in the units of ``x``.
         norm: ``"linf"``, ``"l2"``, ``"l1"`` or any number $p\ge1$.
@@ -148,7 +149,8 @@ def successive_linearization(
     check_number("eps", eps)
     check_count("steps", steps)
     tangent, name = linearized(objective), "successive_linearization()"
-    return dithered_ascent(x, tangent, name, eps, norm, steps, dither, bounds, seed, observe)
+    with eval_mode(objective):
+        return dithered_ascent(x, tangent, name, eps, norm, steps, dither, bounds, seed, observe)
 
 
 def margin_step(
@@ -341,7 +343,8 @@ def dithered_ascent(
         box = room(x_adv, bounds) if boxed else None
         move = linear_oracle(gradient, norm, eps / steps, box=box)
         x_adv = (x_adv + move).clamp(*bounds)
-    watch.report(name, 4)
+    if eps:  # else there was nowhere to go
+        watch.report(name, 4)
     return x_adv
 
 

@@ -40,6 +40,8 @@ INSIDE = 0.999999
 """Share of the range in which the tanh variable may start, lest it be infinite."""
 GROWTH = 10.0
 """Factor of a weight that has failed, as long as none has succeeded."""
+HEAVIEST = 1e15
+"""Where weights stop growing: squares of gradients so much larger would overflow in float32."""
 
 
 def lbfgs(
@@ -69,8 +71,8 @@ def lbfgs(
         y: (B,) true labels, or targets where ``targeted``.
         steps: forward and backward passes of each sample at most, over all weights.
         searches: weights tried, each with an equal share of the steps.
-        weight: the first $c$, > 0, per squared unit of ``x``: under bounds (0, 255) it takes 255^2
-            times the weight it takes under (0, 1).
+        weight: the first $c$ in (0, 1e15], per squared unit of ``x``: under bounds (0, 255) it
+            takes 255^2 times the weight it takes under (0, 1). It grows to 1e15 at most.
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn.
@@ -89,13 +91,14 @@ def lbfgs(
     check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, searches=searches)
     _check_positive("weight", weight, x)
+    check_number("weight", weight, HEAVIEST)
     x, watch, parts = x.detach(), GradientWatch(x), []
     with eval_mode(model):
         for i in range(len(x)):
             one = _Passes(model, x[i : i + 1], y[i : i + 1], targeted, bounds, i, observe)
             one.steps_before = i * steps
             _search_weight(one, steps, min(searches, steps), weight)
-            watch.stuck[i] = one.watch.stuck[0]
+            watch.stuck[i], watch.broken[i] = one.watch.stuck[0], one.watch.broken[0]
             parts.append(one.best.x_adv)
     watch.report("lbfgs()")
     return torch.cat(parts)
@@ -168,6 +171,7 @@ def _search_weight(one: _Passes, steps: int, searches: int, weight: float) -> No
             return
         low, high = (low, weight) if one.success else (weight, high)
         weight = GROWTH * weight if math.isinf(high) else math.sqrt(max(low, high / 100) * high)
+        weight = min(weight, HEAVIEST)
 
 
 def _reluctance(logits: Tensor, y: Tensor, targeted: bool) -> Tensor:
@@ -207,8 +211,8 @@ def carlini_wagner(
         y: (B,) true labels, or targets where ``targeted``.
         steps: forward and backward passes of each sample, over all weights; the first is at ``x``.
         searches: weights tried, each with an equal share of the other steps.
-        weight: the first $c$, > 0, per squared unit of ``x``: under bounds (0, 255) it takes 255^2
-            times the weight it takes under (0, 1).
+        weight: the first $c$ in (0, 1e15], per squared unit of ``x``: under bounds (0, 255) it
+            takes 255^2 times the weight it takes under (0, 1). It grows to 1e15 at most.
         lr: Adam's step size, in units of $w$, or of the half range with ``"clip"``.
         confidence: $\kappa\ge0$, in units of the logits; only points with $m<-\kappa$ count.
         variable: how the box is kept, ``"tanh"`` or ``"clip"``.
@@ -233,6 +237,7 @@ def carlini_wagner(
     check_inputs(model, x, y, bounds=bounds, steps=steps, searches=searches)
     check_number("confidence", confidence)
     _check_positive("weight", weight, x)
+    check_number("weight", weight, HEAVIEST)
     _check_positive("lr", lr, x)
     box = _Box(x.detach(), bounds, variable)
     x, best, watch, count = x.detach(), Best(x), GradientWatch(x), 0
@@ -263,6 +268,7 @@ def carlini_wagner(
             success = _descend(box, look, c, passes, lr)
             low, high = torch.where(success, low, c), torch.where(success, c, high)
             c = torch.where(high < math.inf, (low + high) / 2, GROWTH * c)
+            c = c.clamp_max(HEAVIEST)
     watch.report("carlini_wagner()")
     return best.x_adv
 

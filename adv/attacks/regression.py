@@ -239,7 +239,8 @@ def linear(
                 state = {"x_adv": x_adv, "point": point, "value": value, "gradient": gradient}
                 observe(step, state)
             x_adv = (x + linear_oracle(gradient, norm, eps, box=box)).clamp(*bounds)
-    watch.report("linear()")
+    if eps:  # else there was nowhere to go
+        watch.report("linear()")
     return x_adv
 
 
@@ -321,12 +322,14 @@ def subset(
             if kind == "linear":
                 offset = noise(x, radius, "linf", generator=draws)
                 _, h = input_gradient(value, (x_adv + offset).clamp(*bounds))
+                h = watch.see(h, none)
                 move = linear_oracle(h, "linf", eps, box=room(x_adv, bounds))
                 gain = torch.zeros_like(used, dtype=x.dtype)
                 gain = gain.index_add(1, ids, (h * move).flatten(1))
             else:
-                move, other, gain = _best_corners(model, x_adv, goal, eps, bounds, table)
-            gain = watch.see(gain, none).masked_fill(used, -math.inf)
+                move, other, gain, slopes = _best_corners(model, x_adv, goal, eps, bounds, table)
+                watch.see(slopes, none)
+            gain = gain.nan_to_num(0.0, 0.0, 0.0).masked_fill(used, -math.inf)
             group = gain.argmax(dim=1, keepdim=True)
             used = used.scatter(1, group, True)
             mine = (ids == group).view_as(x)
@@ -338,7 +341,8 @@ def subset(
             x_adv = ahead
             if observe is not None:
                 observe(step, {"x_adv": x_adv, "gain": gain, "group": group.squeeze(1)})
-    watch.report("subset()")
+    if eps:  # else there was nowhere to go
+        watch.report("subset()")
     return x_adv
 
 
@@ -486,13 +490,17 @@ def _groups(x: Tensor, groups: Any) -> tuple[Int[Tensor, " d"], Int[Tensor, "S Z
 
 def _best_corners(
     model: Model, x: Tensor, y: Tensor, eps: float, bounds: Bounds, table: Int[Tensor, "S Z"]
-) -> tuple[Tensor, Tensor, Float[Tensor, "B S"]]:
-    """The best vertex of each group's box and its opposite, (B, ...), and what each alone gains."""
+) -> tuple[Tensor, Tensor, Float[Tensor, "B S"], Float[Tensor, "B S"]]:
+    """The best vertex of each group's box and its opposite, (B, ...), and what each alone gains.
+
+    And of each group the largest derivative of an output, by which a flat model is told from one
+    whose best vertex is where it stands.
+    """
     frame = _Frame(model, x, eps, bounds, corners=True)
     J, shift = frame.jacobian, frame.shift.flatten(1)
     solve = best_signs if table.shape[1] <= ENUMERATED else greedy_signs
     residual = (J.value - y).flatten(1)[:, None]
-    s, gains = torch.zeros_like(shift), []
+    s, gains, slopes = torch.zeros_like(shift), [], []
     for block in table.split(max(1, J.chunk // table.shape[1])):
         there, index = block >= 0, block.clamp_min(0)
         columns = J.columns(index.flatten()).unflatten(2, index.shape).transpose(1, 2)
@@ -501,6 +509,8 @@ def _best_corners(
         signs = solve(columns.flatten(0, 1), (residual + moved).flatten(0, 1)).view_as(shifts)
         image = moved + torch.einsum("bgkz,bgz->bgk", columns, signs)
         gains.append((2 * residual * image + image.square()).sum(2))
+        slopes.append(columns.abs().amax(dim=(2, 3)))
         s[:, index[there]] = signs[:, there]
     ahead = frame.half * s.view_as(x)
-    return frame.middle + ahead, frame.middle - ahead, torch.cat(gains, dim=1)
+    vertices = frame.middle + ahead, frame.middle - ahead
+    return *vertices, torch.cat(gains, dim=1), torch.cat(slopes, dim=1)

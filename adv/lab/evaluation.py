@@ -28,12 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adv.attacks.common import (
     Bounds,
     Model,
+    bounds_slack,
     check_count,
     check_labels,
     check_range,
     input_gradient,
     is_adversarial,
     networks,
+    rounding,
 )
 from adv.geometry import Norm, exponent, pixels
 from adv.geometry import norm as length
@@ -711,7 +713,8 @@ def _check_points(x: Tensor, x_adv: Tensor, eps: float | None, norm: Norm, bound
             f"for {tuple(x.shape)} {x.dtype} on {x.device}"
         )
     low, high = x_adv.min().item(), x_adv.max().item()
-    if not (low >= bounds[0] - 1e-6 and high <= bounds[1] + 1e-6):
+    slack = bounds_slack(bounds, x.dtype)
+    if not (bounds[0] - low <= slack and high - bounds[1] <= slack):
         raise ValueError(f"the attack left the bounds {bounds}: values from {low:g} to {high:g}")
     if eps is None:
         return
@@ -719,7 +722,7 @@ def _check_points(x: Tensor, x_adv: Tensor, eps: float | None, norm: Norm, bound
     p = 0.0 if norm in PIXELS else exponent(norm)
     # x + delta is rounded entry by entry, by which the norm of the difference can grow.
     entries = x[0].numel() ** (1 / p) if p else 0.0
-    if farthest > eps * (1 + 1e-5) + 1e-6 + torch.finfo(x.dtype).eps * entries:
+    if farthest > eps * (1 + 1e-5) + 1e-6 + rounding(bounds, x.dtype) * entries:
         raise ValueError(f"the attack left the {norm} ball: distance {farthest:g}, eps {eps:g}")
 
 

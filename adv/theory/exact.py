@@ -228,7 +228,9 @@ def _question(model: nn.Module, x: Tensor, norm: Kind, bounds: tuple[float, floa
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x is a floating-point tensor, not {given}")
     low, high = bounds
-    if x.numel() == 0 or not bool(((x >= low - 1e-6) & (x <= high + 1e-6)).all()):
+    # 1e-6, or four roundings of the larger bound where these are more
+    slack = max(1e-6, 4 * torch.finfo(x.dtype).eps * max(abs(low), abs(high)))
+    if x.numel() == 0 or not bool(((x >= low - slack) & (x <= high + slack)).all()):
         raise ValueError(f"x has values, all of them within the bounds [{low:g}, {high:g}]")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a torch.nn.Module, not {type(model).__name__}")

@@ -1,4 +1,5 @@
 import math
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,9 +16,9 @@ from adv.attacks.common import (
     GradientMaskingWarning,
     GradientWatch,
     check_inputs,
-    class_gradients,
     check_range,
     check_seed,
+    class_gradients,
     eval_mode,
     expand,
     generator,
@@ -249,9 +250,22 @@ def test_watch_counts_stuck_samples_and_warns():
     assert cleaned.tolist() == [[0, 0], [0, 1], [0, 0], [0, 0]]
     # the last sample had succeeded: that it is flat and no longer adversarial is no finding
     watch.see(torch.tensor([[1.0, 1.0]] * 3 + [[0.0, 0.0]]), torch.zeros(4, dtype=torch.bool))
-    with pytest.warns(GradientMaskingWarning, match="2 of 4 samples"):
+    says = r"the input gradient vanished for 1 and was not finite for 1 of 4 samples"
+    with pytest.warns(GradientMaskingWarning, match=says):
         watch.report("test")
     GradientWatch(x).report("silent")  # warnings are errors here
+
+
+def test_watch_tells_overflow_from_a_gradient_that_vanished():
+    running = torch.zeros(2, dtype=torch.bool)
+    for value, says in ((0.0, "vanished for 2 of 2"), (math.inf, "was not finite for 2 of 2")):
+        watch = GradientWatch(torch.zeros(2, 2))
+        watch.see(torch.full((2, 2), value), running)
+        with pytest.warns(GradientMaskingWarning, match=f"gradient {says} samples"):
+            watch.report("test")
+    watch = GradientWatch(torch.zeros(2, 2))
+    watch.see(torch.tensor([[math.nan, 1.0], [math.nan, 0.0]]), ~running)
+    watch.report("silent")
 
 
 # best so far
@@ -323,6 +337,16 @@ class Wrapper:
         return self.parts[0](x)
 
 
+class Slots:
+    __slots__ = ("__net",)  # kept under another name, that of the class before it
+
+    def __init__(self, net):
+        self.__net = net
+
+    def __call__(self, x):
+        return self.__net(x)
+
+
 def around(net):
     """Functions that call a network, each of which holds it in another way."""
 
@@ -335,6 +359,16 @@ def around(net):
     def deep(x):
         return default(x)
 
+    class Attribute:
+        part = (net,)
+
+        def __call__(self, x):
+            return self.part[0](x)
+
+    class Call:
+        def __call__(self, x):
+            return net(x)
+
     return {
         "closure": lambda x: net(x),
         "default": default,
@@ -345,6 +379,9 @@ def around(net):
         "keyword of a partial": partial(lambda x, net: net(x), net=net),
         "bound call": net.forward,
         "module": net,
+        "slot": Slots(net),
+        "attribute of a class": Attribute(),
+        "what a call closes over": Call(),
     }
 
 
@@ -366,6 +403,42 @@ def test_globals_that_a_function_names_are_found(monkeypatch):
     assert networks(nn.Dropout) == []
     kept = SimpleNamespace(GLOBAL=nn.Identity())
     assert networks(lambda x: kept.GLOBAL(x)) == [kept.GLOBAL]
+
+
+def test_globals_that_inner_functions_and_calls_name_are_found(monkeypatch):
+    net = nn.Dropout(0.9).train()
+    monkeypatch.setitem(globals(), "GLOBAL", net)
+
+    def comprehension(x):  # a function of its own in Python 3.11
+        return torch.stack([GLOBAL(x + s) for s in (-0.1, 0.1)]).mean(0)
+
+    def defined(x):
+        def inner(z):
+            return (lambda u: GLOBAL(u))(z)
+
+        return inner(x)
+
+    class Call:
+        def __call__(self, x):
+            return GLOBAL(x)
+
+    for model in (comprehension, defined, Call(), torch.vmap(lambda x: GLOBAL(x))):
+        assert networks(model) == [net]
+    unset = Slots.__new__(Slots)
+    assert networks(unset) == []
+
+
+def test_data_that_a_function_names_is_not_searched(monkeypatch):
+    """Collections of up to ``MANY`` entries are; those of data would take long."""
+    net = nn.Identity()
+    monkeypatch.setattr(common, "MANY", 3)
+    few, many = [0, 1, net], [0, 1, 2, net]
+    assert networks(lambda x: few[2](x)) == [net]
+    assert networks(lambda x: many[3](x)) == []
+    table = {"a": 0, "b": 1, "c": net}
+    assert networks(lambda x: table["c"](x)) == [net]
+    table["d"] = 3
+    assert networks(lambda x: table["c"](x)) == []
 
 
 def test_a_variable_without_a_value_holds_no_network():
@@ -504,6 +577,23 @@ def test_bad_input_is_refused(message, error, change):
     given |= change
     with pytest.raises(error, match=message):
         check_inputs(given.pop("model"), given.pop("x"), given.pop("y"), **given)
+
+
+@pytest.mark.parametrize("bounds", [(-123.68, 151.061), (0.0, 255.3), (-3e4, 1.0)])
+def test_inputs_may_be_rounded_in_the_units_of_the_bounds(bounds):
+    """0.1 in float32 is not 0.1, and 151.061 is off by more."""
+    for dtype in (torch.float32, torch.float64):
+        ends = torch.tensor([bounds], dtype=dtype)
+        check_range(ends, bounds)
+        off = 6 * torch.finfo(dtype).eps * max(map(abs, bounds))
+        for wrong in (ends + max(off, 2e-6), ends - max(off, 2e-6)):
+            with pytest.raises(ValueError, match="outside the bounds"):
+                check_range(wrong, bounds)
+    everything = (-sys.float_info.max, sys.float_info.max)
+    check_range(ends, everything)
+    for wrong in (math.inf, -math.inf):
+        with pytest.raises(ValueError, match="outside the bounds"):
+            check_range(torch.full_like(ends, wrong), everything)
 
 
 def test_good_input_passes_and_changes_nothing():

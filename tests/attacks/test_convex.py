@@ -323,6 +323,19 @@ def test_any_objective_can_be_climbed():
             successive_linearization(lambda z: z.sum(1), x, **wrong)
 
 
+def test_networks_in_an_objective_run_in_evaluation_mode():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+    net, x = nn.Sequential(*net, nn.Linear(8, 1)).train(), torch.rand(6, 4)
+    mean = net[1].running_mean.clone()
+    first = successive_linearization(lambda z: net(z).squeeze(1), x, eps=0.1, steps=3)
+    assert torch.equal(net[1].running_mean, mean)
+    assert net.training
+    net.eval()
+    again = successive_linearization(lambda z: net(z).squeeze(1), x, eps=0.1, steps=3)
+    assert torch.equal(again, first)
+
+
 def test_a_vanishing_gradient_is_reported():
     with pytest.warns(GradientMaskingWarning, match="successive_linearization"):
         successive_linearization(lambda z: (0 * z).sum(1), torch.rand(2, 3), eps=0.1)

@@ -325,7 +325,7 @@ def test_subset_tries_the_opposite_vertex_of_the_box():
 
 def test_values_just_outside_the_bounds_are_shown_to_be():
     with pytest.raises(ValueError, match=r"255\.00\d+\], outside the bounds \[0, 255\]"):
-        check_range(torch.tensor([[0.0, 255.00003]]), (0, 255))
+        check_range(torch.tensor([[0.0, 255.0003]]), (0, 255))
 
 
 # --------------------------------------------------------------------------------------- warnings

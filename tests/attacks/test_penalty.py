@@ -200,6 +200,24 @@ def test_nothing_found_returns_the_input_and_warns(attack):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
+def test_weights_of_many_searches_do_not_overflow(attack):
+    """No weight is enough for a class that no point of the box has; the gradient never vanishes."""
+    weight, bias = torch.tensor([[1.0, 2.0], [-1.0, 0.0]]), torch.tensor([9.0, 0.0])
+    model, x, y = affine(2, 2, weight=weight, bias=bias).float(), inputs(2, 2).float(), [0, 0]
+    weights = []
+    x_adv = attack(
+        model,
+        x,
+        torch.tensor(y),
+        steps=600,
+        searches=60,
+        observe=lambda step, state: weights.append(float(state["weight"].max())),
+    )
+    assert torch.equal(x_adv, x)
+    assert max(weights) == pytest.approx(1e15)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -208,6 +226,7 @@ def test_nothing_found_returns_the_input_and_warns(attack):
         ({"weight": 0.0}, "weight"),
         ({"weight": -1.0}, "weight"),
         ({"weight": 1e-300}, "float32"),
+        ({"weight": 1e16}, "weight"),
         ({"seed": -1}, "seed"),
         ({"bounds": (0.0, 0.1)}, "bounds"),
     ],

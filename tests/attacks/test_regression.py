@@ -632,10 +632,24 @@ def test_vanishing_gradients_are_reported(attack, name):
             attack(lambda z: z.detach().round(), x, eps=EPS, **settings)
 
 
+@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+def test_a_gradient_that_leads_out_of_the_box_has_not_vanished(kind):
+    """The sum is to move away from 5, but no value can fall below 0."""
+    x, y = torch.zeros(2, 3), torch.full((2, 1), 5.0)
+    x_adv = subset(lambda z: z.sum(1, keepdim=True), x, y, eps=0.1, kind=kind)
+    assert torch.equal(x_adv, x)
+    with pytest.warns(GradientMaskingWarning, match="vanished for 2 of 2"):
+        subset(lambda z: z.sum(1, keepdim=True).round(), x, y, eps=0.1, kind=kind)
+
+
 @pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
-def test_no_radius_is_no_change(norm, curved):
+def test_no_radius_is_no_change_and_no_gradient_that_vanished(norm, curved):
     model, x, y = curved
     assert torch.equal(quadratic(model, x, y, eps=0.0, norm=norm), x)
+    for accumulate in (True, False):
+        assert torch.equal(linear(model, x, eps=0.0, norm=norm, accumulate=accumulate), x)
+    for kind in ("linear", "quadratic"):
+        assert torch.equal(subset(model, x, eps=0.0, kind=kind), x)
 
 
 def test_inference_mode_makes_no_difference(curved):

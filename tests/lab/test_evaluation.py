@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from helpers import affine, inputs
 from torch import nn
 
 from adv.attacks.boundary import deepfool
@@ -387,6 +388,47 @@ def test_rounding_of_many_entries_is_no_cheat(norm):
     ev.perturb(None, x, y, shift, eps=eps, norm=norm)
     with pytest.raises(ValueError, match=f"{norm} ball"):
         ev.perturb(None, x, y, shift, eps=0.97 * eps, norm=norm)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("bounds", [(0.0, 255.0), (-123.68, 151.061)])
+def test_rounding_in_other_units_is_no_cheat(norm, bounds):
+    """Clamping to 151.061 gives another number in float32, and so does adding 0.05 to 200."""
+    x = bounds[0] + (bounds[1] - bounds[0]) * inputs(20, 3 * 8 * 8).float().view(-1, 3, 8, 8)
+    x = x.clamp(*bounds)
+    model = nn.Sequential(nn.Flatten(), affine(3, 192).float()).eval()
+    y = torch.zeros(20).long()
+    attack = partial(pgd, steps=5, loss="margin")
+    for eps in (0.05, 0.1, 0.5, 500.0):
+        ev.perturb(model, x, y, attack, eps=eps, norm=norm, bounds=bounds)
+
+    def far(model, x, y, *, eps, norm=norm, bounds=bounds, seed=0):
+        return torch.where(x > 20, x - 1.01 * eps, x + 1.01 * eps)
+
+    with pytest.raises(ValueError, match=f"{norm} ball"):
+        ev.perturb(model, x, y, far, eps=0.1, norm=norm, bounds=bounds)
+
+    def outside(model, x, y, *, norm=norm, bounds=bounds, seed=0):
+        return x.masked_fill(x == x.max(), bounds[1] + 1e-3)
+
+    with pytest.raises(ValueError, match="left the bounds"):
+        ev.perturb(model, x, y, outside, norm=norm, bounds=bounds)
+
+
+def test_pixels_are_counted_wherever_a_norm_is_one():
+    x = torch.zeros(2, 3, 2, 2)
+    x[0, :, 0] = 1.0
+    x[1] = 1.0
+    for norm in ("l0", "group_l0"):
+        assert ev.rho_adv(x, torch.tensor([1.0, 1.0]), norm=norm) == pytest.approx(0.375)
+
+        def two(model, x, y, *, eps, norm=norm, bounds=(0.0, 1.0), seed=0):
+            x[:, :, 1] = 0.5
+            return x
+
+        ev.perturb(None, x, torch.zeros(2).long(), two, eps=2, norm=norm)
+        with pytest.raises(ValueError, match=f"{norm} ball"):
+            ev.perturb(None, x, torch.zeros(2).long(), two, eps=1, norm=norm)
 
 
 def test_bad_input(problem):

@@ -12,6 +12,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 from adv.attacks.boundary import deepfool
+from adv.attacks.common import check_range
 from adv.attacks.gradient import pgd
 from adv.geometry import dual_norm, norm, pixels
 from adv.lab import data, zoo
@@ -238,6 +239,19 @@ def test_l0_counts_pixels_of_images():
 
 
 # ------------------------------------------------------------------------------------------- edges
+
+
+def test_inputs_may_be_rounded_in_the_units_of_the_bounds():
+    """An attack takes inputs that are off by some roundings, which at 151 are 1.5e-5 each."""
+    model, bounds = network(0, 3, 4, 2), (-123.68, 151.061)
+    x = torch.tensor([151.061, -123.68, 3.0])
+    x[0] += 3e-5
+    check_range(x[None], bounds)
+    y = int(model(x[None]).argmax())
+    result = minimal_perturbation(model, x, y, norm="linf", bounds=bounds)
+    assert result.lower <= result.upper
+    with pytest.raises(ValueError, match="within the bounds"):
+        minimal_perturbation(model, x + 1e-3, y, norm="linf", bounds=bounds)
 
 
 @pytest.mark.parametrize("kind", NORMS)
