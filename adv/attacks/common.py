@@ -157,6 +157,23 @@ def plain(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x.detach()
 
 
+def leaf(x: Float[Tensor, "B ..."]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
+    """Points to differentiate by, and a copy of them to give to a model.
+
+    A model's layers may work in place. Of a leaf autograd refuses that; of the copy it does not,
+    and ``x`` stays as it is.
+
+    Args:
+        x: (B, ...) floating-point points.
+
+    Returns:
+        The leaf (B, ...), which shares the memory of ``x``, and its copy, with a graph to the leaf
+        where gradients are recorded.
+    """
+    z = _plain(x).requires_grad_()
+    return z, z.clone()
+
+
 def input_gradient(
     objective: Callable[[Tensor], Tensor], x: Float[Tensor, "B ..."]
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B ..."]]:

@@ -109,7 +109,7 @@ def high_confidence(
         target = y if targeted else _way_out(model, x, y, norm)
 
         def keep(point: Tensor) -> None:
-            logits = model(point)
+            logits = model(point.clone())  # which a layer may change in place
             reached = _log_p(logits, target) >= log_c - TOLERANCE
             reached &= is_adversarial(logits, target, targeted=True)
             best.update(point, norm_of(point - x, norm), reached & ~best.found)
@@ -252,7 +252,7 @@ def unrolled(
             z = start + (delta.detach() if detached else delta)
             if not z.requires_grad:
                 z.requires_grad_()
-            logits = model(z)
+            logits = model(z.clone())  # which a layer may change in place
             if step == 0:
                 _check_classes(logits, target)
             log_p = _log_p(logits, target)
@@ -295,7 +295,7 @@ def _check_classes(logits: Tensor, y: Tensor) -> None:
 
 def _way_out(model: Model, x: Tensor, y: Tensor, norm: Norm) -> Int[Tensor, " B"]:
     """The nearest other class, or the prediction where that is not ``y``."""
-    said = model(x).argmax(dim=1)
+    said = model(x.clone()).argmax(dim=1)
     return torch.where(said == y, nearest_class(model, x, y, norm), said)
 
 
@@ -305,7 +305,7 @@ def _log_confidence(
     """Logarithms of the confidences wanted, one for each sample."""
     if confidence is None:
         with torch.no_grad():
-            return model(x).log_softmax(dim=1).amax(dim=1)
+            return model(x.clone()).log_softmax(dim=1).amax(dim=1)
     if not isinstance(confidence, Tensor):
         check_number("confidence", confidence, high=1)
         confidence = x.new_full((len(x),), float(confidence))

@@ -26,6 +26,7 @@ from adv.attacks.common import (
     eval_mode,
     expand,
     generator,
+    leaf,
     row_products,
     settled,
 )
@@ -84,8 +85,8 @@ class Jacobian:
             raise TypeError(f"model is a function of points (B, ...), not {type(model).__name__}")
         check_range(x, FINITE)
         with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
-            self.x = x.detach().clone().requires_grad_()
-            self._out = _outputs(model(self.x), len(x))
+            self.x, given = leaf(x.detach().clone())
+            self._out = _outputs(model(given), len(x))
             self._w = torch.zeros_like(self._out).requires_grad_()
             self._pulled = row_products(self._out, self.x, self._w[None], create_graph=True)[0]
         self.value = self._out.detach()

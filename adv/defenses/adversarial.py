@@ -138,10 +138,13 @@ def _bind(attack: Attack | str | None = None, **settings: Any) -> Attack:
 
 
 def _perturb(attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The attack's points, as constants. A saturated sample is no finding while training."""
+    """The attack's points, as constants. A saturated sample is no finding while training.
+
+    A copy: an attack may return ``x`` itself, and a layer may work in place.
+    """
     with warnings.catch_warnings(), eval_mode(model):
         warnings.simplefilter("ignore", GradientMaskingWarning)
-        return attack(model, x, y, seed=_draw_seed()).detach()
+        return attack(model, x, y, seed=_draw_seed()).detach().clone()
 
 
 def _draw_seed() -> int:
@@ -202,7 +205,7 @@ def virtual_direction(
     check_count("power_steps", power_steps)
     with eval_mode(model):
         with torch.no_grad():
-            clean = model(x)
+            clean = model(x.clone())  # which a layer may change in place
         d = noise(x, 1.0, "l2", "sphere", generator=generator(seed))
         for _ in range(power_steps):
             _, gradient = input_gradient(lambda z: kl(clean, model(z)), x + xi * d)
@@ -237,7 +240,7 @@ def vat(eps: float, *, xi: float = 1e-3, power_steps: int = 1, weight: float = 1
 
     def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         d = virtual_direction(model, x, xi=xi, power_steps=power_steps, seed=_draw_seed())
-        logits = model(x)
+        logits = model(x.clone())  # which a layer may change in place
         change = kl(logits.detach(), model(x + eps * d))
         return functional.cross_entropy(logits, y) + weight * change.mean()
 
@@ -283,7 +286,7 @@ def trades(
     def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with eval_mode(model):
             with torch.no_grad():
-                fixed = model(x)
+                fixed = model(x.clone())  # which a layer may change in place
             x_adv = ascend(
                 lambda z: kl(fixed, model(z)),
                 x,
@@ -294,7 +297,7 @@ def trades(
                 bounds=bounds,
                 seed=_draw_seed(),
             )
-        logits = model(x)
+        logits = model(x.clone())
         return functional.cross_entropy(logits, y) + beta * kl(logits, model(x_adv)).mean()
 
     return total

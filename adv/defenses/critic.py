@@ -236,7 +236,7 @@ def cycle_loss(
 def _claimed(critic: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, " B"]:
     """The critic's logit for the class that each image is said to be of."""
     check_labels(x, y)
-    return critic(x).gather(1, y[:, None]).squeeze(1)
+    return critic(x.clone()).gather(1, y[:, None]).squeeze(1)  # a layer may change it in place
 
 
 def _mean(values: Tensor, counts: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adv.attacks.common import Loss as Values
-from adv.attacks.common import Model, check_labels, check_number, margin, row_products
+from adv.attacks.common import Model, check_labels, check_number, leaf, margin, row_products
 from adv.attacks.common import objective as named
 from adv.geometry import Norm, dual_norm, exponent
 
@@ -245,10 +245,10 @@ def contractive(weight: float) -> Loss:
 
 
 def _record(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in float32 at least, and the leaf that they are to be differentiated by."""
+    """Logits (float32 or wider), and the leaf tensor to differentiate them with respect to."""
     with torch.enable_grad():
-        z = x.detach().requires_grad_()
-        logits = model(z)
+        z, given = leaf(x)
+        logits = model(given)
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(f"the model must return logits (B, K >= 2), not {tuple(logits.shape)}")
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), z

@@ -176,7 +176,7 @@ def fit_critic(
     place = next(model.parameters()).device
     train = train.to(place)
     with torch.no_grad(), eval_mode(model):
-        classes = model(train.x[:1]).shape[1]
+        classes = model(train.x[:1].clone()).shape[1]  # which a layer may change in place
     game = _Game(
         model,
         critic.to(place),
@@ -283,18 +283,18 @@ class _Game:
 
     def _batch(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         with torch.no_grad(), eval_mode(self.model):
-            clean = self.model(x)
+            clean = self.model(x.clone())  # which a layer may change in place
         if not bool(clean.isfinite().all()):
             raise DivergenceError("the classifier's logits diverged; lower the learning rates")
         said, sure = clean.argmax(dim=1), self.confidence(clean)
         target = nearest_class(self.model, x, said)
         x_adv = unrolled(self.model, x, target, confidence=sure[target], **self.attack)
         with torch.no_grad(), eval_mode(self.model):
-            taken = self.model(x_adv).argmax(dim=1)
+            taken = self.model(x_adv.clone()).argmax(dim=1)
         changed = taken != said
         told = self._criticize(x, y, x_adv.detach(), taken)
 
-        logits = self.model(x)
+        logits = self.model(x.clone())
         told["loss"] = functional.cross_entropy(logits, y)
         told["fooling"] = fooling_loss(self.critic, x_adv, taken, changed)
         told["cycle"] = torch.zeros_like(told["loss"])
@@ -322,8 +322,8 @@ class _Game:
         loss = critic_loss(self.critic, x, y, x_adv, taken)
         slope = slope_penalty(self.critic, x, y) + slope_penalty(self.critic, x_adv, taken)
         with torch.no_grad(), eval_mode(self.critic):
-            real = self.critic(x).gather(1, y[:, None]) > 0
-            made = self.critic(x_adv).gather(1, taken[:, None]) < 0
+            real = self.critic(x.clone()).gather(1, y[:, None]) > 0
+            made = self.critic(x_adv.clone()).gather(1, taken[:, None]) < 0
         self._step("critic", loss + self.weights["penalty"] * slope)
         shares = {"real": real.float().mean(), "made": made.float().mean()}
         return {"critic": loss, "penalty": slope} | shares

@@ -268,7 +268,8 @@ def gradient_penalty(
     """
     u = share.reshape(-1, *[1] * (real.ndim - 1))
     between = (u * real + (1 - u) * made).requires_grad_()
-    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    opinion = critic(between.clone())  # which a layer may change in place
+    (slope,) = torch.autograd.grad(opinion.sum(), between, create_graph=True)
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
@@ -315,7 +316,11 @@ def fit_wgan(
 
     Source: Gulrajani et al. (2017), algorithm 1; chapter ``generative_models``.
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("steps", critic_steps)):
+    for name, value in (
+        ("epochs", epochs),
+        ("batch_size", batch_size),
+        ("critic_steps", critic_steps),
+    ):
         check_count(name, value)
     check_number("lr", lr)
     check_number("weight", weight)
