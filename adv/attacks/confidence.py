@@ -64,9 +64,10 @@ def high_confidence(
 
     Each step solves $\min\|r\|_p$ subject to $\log p_t+w^\top r\ge\log c$, with
     $w=\nabla\log p_t$ at the iterate (``confidence_step``), and clips the sum to the bounds. The
-    search of a sample ends at the first point with $p_t\ge c$ among the iterates $x+\delta$ and the
-    points $x+(1+\eta)\delta$. Without a target, $t$ is the class of the nearest linearized boundary
-    at ``x`` (``nearest_class``), or what the model says where it errs already.
+    search of a sample ends with the first of the points $x+(1+\eta)\delta$, one after each step, at
+    which $p_t\ge c$. The iterates $x+\delta$ themselves are looked at with $\eta=0$ only. Without a
+    target, $t$ is the class of the nearest linearized boundary at ``x`` (``nearest_class``), or
+    what the model says where it errs already.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits.

@@ -106,6 +106,20 @@ def test_confidence_is_reached_or_x_comes_back():
     assert 0 <= x_adv.min() <= x_adv.max() <= 1
 
 
+def test_with_an_overshoot_the_iterates_themselves_do_not_count():
+    """A region that the first step enters and the overshoot crosses."""
+
+    def model(x):
+        logit = torch.where((x - 0.265).abs() < 0.05, 9.0, 10 * x - 2.0)[:, 0]
+        return torch.stack([torch.zeros_like(logit), torch.where(x[:, 0] > 0.315, -9.0, logit)], 1)
+
+    x, target = torch.tensor([[0.1]]).double(), torch.tensor([1])
+    given = {"confidence": 0.9, "targeted": True, "steps": 1}
+    near = high_confidence(model, x, target, overshoot=0.0, **given)
+    assert 0.215 < near.item() < 0.315
+    assert torch.equal(high_confidence(model, x, target, overshoot=0.5, **given), x)
+
+
 def test_own_confidence_and_points_that_have_it_already():
     model, x = smooth_net(), torch.rand(20, 6).double()
     said = model(x).argmax(1)
