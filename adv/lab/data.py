@@ -23,6 +23,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -631,18 +632,18 @@ def _celeba(images: Path, attributes: Path, partition: Path, *, limit: int | Non
 
 def _celeba_images(source: Path, files: list[str]) -> np.ndarray:
     images = np.empty((len(files), 64, 64, 3), np.uint8)
-    archive = None if source.is_dir() else zipfile.ZipFile(source)
-    for i, file in enumerate(tqdm(files, desc="celeba", disable=len(files) < 1000)):
-        try:
-            stream = (
-                archive.open(f"{source.stem}/{file}") if archive else (source / file).open("rb")
-            )
-            with stream, Image.open(stream) as image:
-                face = image.convert("RGB").crop((15, 35, 163, 183))
-            images[i] = np.asarray(ImageOps.fit(face, (64, 64), Image.Resampling.BILINEAR))
-        except (OSError, KeyError) as error:
-            message = f"{source} lacks {file}, or it is damaged ({error}). "
-            raise ValueError(message + _remedy("celeba")) from error
+    with nullcontext() if source.is_dir() else zipfile.ZipFile(source) as archive:
+        for i, file in enumerate(tqdm(files, desc="celeba", disable=len(files) < 1000)):
+            try:
+                stream = (
+                    archive.open(f"{source.stem}/{file}") if archive else (source / file).open("rb")
+                )
+                with stream, Image.open(stream) as image:
+                    face = image.convert("RGB").crop((15, 35, 163, 183))
+                images[i] = np.asarray(ImageOps.fit(face, (64, 64), Image.Resampling.BILINEAR))
+            except (OSError, KeyError) as error:
+                message = f"{source} lacks {file}, or it is damaged ({error}). "
+                raise ValueError(message + _remedy("celeba")) from error
     return images
 
 

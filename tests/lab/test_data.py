@@ -556,8 +556,15 @@ def celeba_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_celeba_from_a_folder_or_the_zip(folder, zipped):
+def test_celeba_from_a_folder_or_the_zip(folder, zipped, monkeypatch):
     celeba_files(folder)
+    opened = []
+
+    class Watched(zipfile.ZipFile):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            opened.append(self)
+
     if zipped:
         images = folder / "celeba/img_align_celeba"
         with zipfile.ZipFile(folder / "celeba/img_align_celeba.zip", "w") as archive:
@@ -570,6 +577,7 @@ def test_celeba_from_a_folder_or_the_zip(folder, zipped):
     ):
         data.load("celeba")
     declare("celeba", folder)
+    monkeypatch.setattr(zipfile, "ZipFile", Watched)
     celeba = data.load("celeba")
     numbers = {"train": [1, 2, 5, 7], "val": [4], "test": [3, 6]}
     for part, wanted in numbers.items():
@@ -581,6 +589,8 @@ def test_celeba_from_a_folder_or_the_zip(folder, zipped):
     some = data.load("celeba", limit=2)
     assert torch.equal(some.train.x, celeba.train.x[:2])
     assert (celeba.complete, some.complete) == (True, False)
+    assert len(opened) == (6 if zipped else 0), "one for each part"
+    assert all(archive.fp is None for archive in opened), "they are closed"
 
 
 def test_celeba_names_a_missing_image(folder):
