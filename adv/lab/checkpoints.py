@@ -65,7 +65,9 @@ def load(path: Path | str, settings: Mapping[str, Any]) -> dict[str, Any] | None
 
 def checksums(*tensors: Tensor) -> list[int]:
     """One of each tensor's bytes, by which ``settings`` tell data apart."""
-    return [zlib.crc32(t.detach().cpu().contiguous().numpy().data) for t in tensors]
+    plain = (t.detach().to_dense().cpu().contiguous().flatten() for t in tensors)
+    # As bytes, since NumPy has no bfloat16.
+    return [zlib.crc32(t.view(torch.uint8).numpy().data) for t in plain]
 
 
 def described(model: nn.Module) -> str:

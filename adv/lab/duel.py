@@ -24,7 +24,7 @@ from adv.defenses.critic import (
 )
 from adv.lab import checkpoints
 from adv.lab.data import Split
-from adv.lab.training import DivergenceError
+from adv.lab.training import DivergenceError, resting
 
 __all__ = ["Duel", "fit_critic", "new_critic"]
 
@@ -198,6 +198,7 @@ def fit_critic(
     done = len(history.loss)
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),  # manual_seed seeds all
+        resting([model, critic], game.players.values()),
         tqdm(total=epochs, initial=done, **hide) as bar,
     ):
         for epoch in range(-pretrain if done == 0 else done, epochs):
@@ -220,7 +221,6 @@ def fit_critic(
                 checkpoints.save(checkpoint, run, game.state(history))
             bar.set_postfix_str(history.verdict)
             bar.update()
-    game.rest()
     return history
 
 
@@ -255,12 +255,6 @@ class _Game:
     def slow(self, factor: float) -> None:
         for name, player in self.players.items():
             player.param_groups[0]["lr"] = self.rates[name] * factor
-
-    def rest(self) -> None:
-        for player in self.players.values():
-            player.zero_grad(set_to_none=True)
-        self.model.eval()
-        self.critic.eval()
 
     def pretrain(self, batches: list[Split]) -> None:
         self.model.train()

@@ -21,7 +21,7 @@ from adv.attacks.common import check_count, check_number, generator
 from adv.lab import checkpoints
 from adv.lab.data import Split
 from adv.lab.models import VAE, WGAN, VAEs
-from adv.lab.training import DivergenceError, Loss
+from adv.lab.training import DivergenceError, Loss, resting
 
 __all__ = [
     "Game",
@@ -345,8 +345,11 @@ def fit_wgan(
             for name, player in players.items():
                 player.load_state_dict(state[name])
             game, count = Game(**state["game"]), state["count"]
-    model.train()
-    with tqdm(total=epochs, initial=len(game.distance), **hide) as bar:
+    with (
+        resting([model], players.values()),
+        tqdm(total=epochs, initial=len(game.distance), **hide) as bar,
+    ):
+        model.train()
         for epoch in range(len(game.distance), epochs):
             start = time.perf_counter()
             for player in players.values():
@@ -370,9 +373,6 @@ def fit_wgan(
                 state |= {name: player.state_dict() for name, player in players.items()}
                 checkpoints.save(checkpoint, run, state)
             bar.update()
-    for player in players.values():
-        player.zero_grad(set_to_none=True)
-    model.eval()
     return game
 
 

@@ -1,14 +1,16 @@
 """One training loop for any loss ``(model, x, y) -> scalar``: seeded, resumable, and watched."""
 
+import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from types import FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +44,8 @@ Schedule = Literal["cosine"] | float | Callable[[int], float] | None
 
 # Reading the loss stops the device's queue, so that it is looked at only now and then.
 WATCH_EVERY = 50
+DEPTH = 8
+"""How deep in a loss its settings are looked for."""
 
 
 @dataclass
@@ -144,15 +148,18 @@ def fit(
         epochs: passes through the training set, at least 1.
         batch_size: samples a step; the last batch of an epoch may be smaller.
         lr: learning rate at the start, positive.
-        optimizer: ``"adam"``, ``"sgd"`` (momentum 0.9), or a callable ``(parameters, lr=...)``.
-        schedule: factor of ``lr`` by epoch: None (1), ``"cosine"`` (1 to 0 over all epochs), a
+        optimizer: ``"adam"``, ``"sgd"`` (momentum 0.9), or a callable ``(parameters, lr=...)``,
+            which may give groups of parameters rates of their own.
+        schedule: factor of all rates by epoch: None (1), ``"cosine"`` (1 to 0 over all epochs), a
             float $\gamma\ge0$ ($\gamma^e$), or a callable ``epoch -> factor``.
         val: held-out samples; with them, the model ends with the best epoch's weights.
         score: ``(model, x, y) -> float`` on ``val`` in evaluation mode, higher is better.
         seed: of the order, dropout and attacks. The initial weights are the caller's.
         checkpoint: file written after each epoch, and resumed from where it exists. It is kept.
-            Functions are recognized by their names and the settings bound in them, the model by its
-            layers and the shapes of its tensors (not by its first weights: a file is for one run).
+            Functions are recognized by their names, their code and what is bound in them (numbers,
+            texts, tensors, networks, other objects' attributes; not by what else they call), the
+            model by its layers and the shapes of its tensors (not by its first weights: a file is
+            for one run).
         observe: called as ``observe(epoch, model)`` after each epoch, in evaluation mode.
         progress: show a bar on stderr; the environment variable ``TQDM_DISABLE=1`` also hides it.
 
@@ -170,6 +177,7 @@ def fit(
     _check(train, val, epochs, batch_size, lr, schedule)
     epochs, batch_size, lr = int(epochs), int(batch_size), float(lr)
     steps = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)
+    rates = [group["lr"] for group in steps.param_groups]
     place = next(model.parameters()).device
     train, val = train.to(place), None if val is None else val.to(place)
     history, best = History(), None
@@ -187,13 +195,14 @@ def fit(
     done = len(history.loss)
     with (
         _random_state(),
-        _resting(model, steps),
+        resting([model], [steps]),
         tqdm(total=epochs * size, initial=done * size, **hide) as bar,
     ):
         for epoch in range(done, epochs):
             start = time.perf_counter()
-            for group in steps.param_groups:
-                group["lr"] = lr * _factor(schedule, epoch, epochs)
+            factor = _factor(schedule, epoch, epochs)
+            for group, rate in zip(steps.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
             order = _seed_epoch(seed, epoch, len(train)).to(place)
             batches = (train[index] for index in order.split(batch_size))
             history.loss.append(_epoch(model.train(), steps, loss, batches, bar))
@@ -275,13 +284,22 @@ def _random_state() -> Iterator[None]:
 
 
 @contextmanager
-def _resting(model: nn.Module, steps: torch.optim.Optimizer) -> Iterator[None]:
-    """Leave evaluation mode and no gradients, also where the training diverged or was stopped."""
+def resting(
+    models: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]
+) -> Iterator[None]:
+    """Leave evaluation mode and no gradients, also where the training diverged or was stopped.
+
+    Args:
+        models: what is trained inside.
+        optimizers: of all the parameters that get gradients.
+    """
     try:
         yield
     finally:
-        model.eval()
-        steps.zero_grad(set_to_none=True)
+        for model in models:
+            model.eval()
+        for steps in optimizers:
+            steps.zero_grad(set_to_none=True)
 
 
 def _seed_epoch(seed: int, epoch: int, size: int) -> Tensor:
@@ -337,44 +355,98 @@ def _best(scores: list[float]) -> int:
 
 def _told(run: dict[str, Any]) -> dict[str, Any]:
     """A run's settings as a file can hold them: data by checksums, callables as text."""
+    model = run["model"]
+    # A loss or an optimizer may name what is trained, whose values are no setting.
+    trained = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
 
     def told(value: Any) -> Any:
         if isinstance(value, Split):
             return checkpoints.checksums(value.x, value.y)
-        if isinstance(value, nn.Module):
+        if value is model:
             return checkpoints.described(value)
-        return _text(value) if callable(value) else value
+        return _text(value, trained) if callable(value) else value
 
     return {name: told(value) for name, value in run.items()}
 
 
-def _text(value: Any, depth: int = 4) -> str:
-    """A setting as text: numbers and names, and callables with what is bound in them.
+def _text(value: Any, trained: Container[int] = (), depth: int = DEPTH) -> str:
+    """A setting as text: the same in each process, and for other settings another.
 
-    Of other things, and of what is nested deeper, the kind alone: text must be the same in each
-    process.
+    Numbers and names stand for themselves; tensors, code and networks become checksums; of other
+    objects it is told what they hold. Of what is nested deeper only the kind is told, as of what is
+    ``trained``, given by ``id``.
     """
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)
-    if isinstance(value, nn.Module) or not depth:
+    if isinstance(value, Path | torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, type | ModuleType | BuiltinFunctionType):
+        return getattr(value, "__qualname__", value.__name__)
+    if id(value) in trained or not depth:
         return type(value).__name__
-    inner = partial(_text, depth=depth - 1)
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}#{checkpoints.checksums(value)[0]:08x}"
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return f"{value.shape} {value.dtype}#{_checksum(value.tobytes())}"
+    inner = partial(_text, trained=trained, depth=depth - 1)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(inner, value))}]"
+    if isinstance(value, Set):
+        return f"{{{', '.join(sorted(map(inner, value)))}}}"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name}: {inner(one)}' for name, one in value.items())}}}"
+        return f"{{{', '.join(f'{inner(name)}: {inner(one)}' for name, one in value.items())}}}"
+    name, held = _network(value) if isinstance(value, nn.Module) else _contents(value)
+    told = [f"{key}={inner(one)}" for key, one in held.items() if one is not None]
+    text = f"{name}({', '.join(told)})" if told else name
+    return f"{name}#{_checksum(text.encode())}" if isinstance(value, nn.Module) else text
+
+
+def _contents(value: Any) -> tuple[str, dict[str, Any]]:
+    """What an object is called, and what it holds."""
     if isinstance(value, partial):
-        bound: dict[str, Any] = {"args": value.args} | value.keywords
-        name = f"partial {inner(value.func)}"
-    elif isinstance(value, FunctionType):
-        name = value.__qualname__
-        bound = closed_over(value)
-        bound |= {"defaults": value.__defaults__, **(value.__kwdefaults__ or {})}
-        if name.endswith("<lambda>"):
-            bound["constants"] = [c for c in value.__code__.co_consts if isinstance(c, Real | str)]
-    else:
-        return getattr(value, "__qualname__", type(value).__name__)
-    told = [f"{key}={inner(one)}" for key, one in bound.items() if one is not None]
-    return f"{name}({', '.join(told)})" if told else name
+        return f"partial {_name(value.func)}", {"": value.func, "args": value.args} | value.keywords
+    if isinstance(value, MethodType):
+        return f"method {_name(value)}", {"": value.__func__, "self": value.__self__}
+    if isinstance(value, FunctionType):
+        held = closed_over(value) | {"defaults": value.__defaults__}
+        return f"{value.__qualname__}#{_code(value)}", held | (value.__kwdefaults__ or {})
+    state = object.__getstate__(value)  # its dictionary, or that and a dictionary of its slots
+    held = {}
+    for part in state if isinstance(state, tuple) else (state,):
+        held |= part or {}
+    call = inspect.getattr_static(type(value), "__call__", None)
+    return _name(value), held | ({"": call} if isinstance(call, FunctionType) else {})
+
+
+def _network(network: nn.Module) -> tuple[str, dict[str, Any]]:
+    """A network's class; its tensors, and all layers' classes, code and settings."""
+    held: dict[str, Any] = dict(network.named_parameters()) | dict(network.named_buffers())
+    for path, part in network.named_modules():
+        held[f"{path}:"] = type(part), type(part).forward
+        settings = vars(part).keys() - vars(nn.Module()).keys()
+        held |= {f"{path}:{key}": vars(part)[key] for key in sorted(settings)}
+    return type(network).__qualname__, held
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _code(function: FunctionType) -> str:
+    """A checksum of a function's instructions, without its docstring and its place in the file."""
+
+    def told(constant: Any) -> Any:
+        if isinstance(constant, CodeType):
+            own = [None if one == function.__doc__ else one for one in constant.co_consts]
+            return constant.co_code.hex(), constant.co_names, [told(one) for one in own]
+        if isinstance(constant, frozenset):  # whose order changes from process to process
+            return sorted(repr(told(one)) for one in constant)
+        return [told(one) for one in constant] if isinstance(constant, tuple) else repr(constant)
+
+    return _checksum(repr(told(function.__code__)).encode())
+
+
+def _checksum(content: bytes) -> str:
+    return f"{zlib.crc32(content):08x}"

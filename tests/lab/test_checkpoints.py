@@ -119,6 +119,9 @@ def test_checksums_are_of_the_bytes():
     assert checksums(x, y) == [zlib.crc32(t.numpy().tobytes()) for t in (x, y)]
     assert checksums(x.T) == [zlib.crc32(x.T.contiguous().numpy().tobytes())]
     assert checksums(x) != checksums(x.T) != checksums(x + 1)
+    assert checksums(torch.zeros(0), torch.tensor(True)) == [0, zlib.crc32(b"\x01")]
+    half = torch.ones(2, dtype=torch.bfloat16)  # which NumPy does not know
+    assert checksums(half, half.to_sparse()) == [zlib.crc32(b"\x80\x3f\x80\x3f")] * 2
 
 
 class Scale(nn.Module):

@@ -255,11 +255,12 @@ def test_collapse_is_seen_in_training():
     assert told.verdict == "collapsed: the classifier has lost its classes"
 
 
-def test_divergence_is_told():
+def test_divergence_is_told_and_leaves_the_players_at_rest():
+    parts = classifier(), new_critic(0, sizes=SIZES)
     with pytest.raises(DivergenceError):
-        fit_critic(
-            classifier(), new_critic(0, sizes=SIZES), blobs(), epochs=30, **QUICK | {"lr": 1e30}
-        )
+        fit_critic(*parts, blobs(), epochs=30, **QUICK | {"lr": 1e30})
+    assert not any(module.training for part in parts for module in part.modules())
+    assert all(p.grad is None for part in parts for p in part.parameters())
 
 
 @pytest.mark.parametrize(

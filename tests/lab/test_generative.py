@@ -280,6 +280,8 @@ def test_divergence_of_the_game_is_said():
     model = models.build("wgan", hidden=(8,), seed=0)
     with pytest.raises(DivergenceError, match="diverged"):
         fit_wgan(model, DIGITS.take(60), epochs=3, lr=1e30, progress=False)
+    assert not any(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
 
 
 # --------------------------------------------------------------------------------------- the models
@@ -343,6 +345,8 @@ def test_what_is_refused():
         fit_wgan(models.build("wgan"), DIGITS[:0], epochs=1)
     with pytest.raises(ValueError, match="epochs"):
         fit_wgan(models.build("wgan"), DIGITS, epochs=0)
+    with pytest.raises(ValueError, match="critic_steps is"):
+        fit_wgan(models.build("wgan"), DIGITS, epochs=1, critic_steps=0)
     for name in ("lr", "weight"):
         with pytest.raises(ValueError, match=name):
             fit_wgan(models.build("wgan"), DIGITS, epochs=1, **{name: math.nan})

@@ -2,9 +2,11 @@
 
 import inspect
 import math
+import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from adv.defenses.adversarial import adversarial_loss, trades
+from adv.defenses.adversarial import adversarial_loss, joint, trades
 from adv.defenses.margin import margin_loss
 from adv.lab import models, training
 from adv.lab.data import Split
@@ -290,7 +292,7 @@ def test_mixed_losses_that_attack_reach_every_parameter(loss):
 def test_the_checkpoint_of_another_mixed_loss_is_refused(tmp_path):
     given = {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
     quiet(network(), blobs(), loss=mixed(cross_entropy), **given)
-    with pytest.raises(ValueError, match=r"loss = mixed\S+\(loss=cross_entropy\) there"):
+    with pytest.raises(ValueError, match=r"loss = mixed\S+\(loss=cross_entropy\S+\) there"):
         quiet(network(), blobs(), loss=mixed(reconstruction), **given)
 
 
@@ -315,15 +317,75 @@ def bound(way, eps):
         "partial": partial(default, eps=eps),
         "list": (lambda rates: lambda m, x, y: rates[0] * cross_entropy(m, x, y))([eps]),
         "dictionary": (lambda d: lambda m, x, y: d["eps"] * cross_entropy(m, x, y))({"eps": eps}),
+        "object": Scaled(eps),
+        "method": Scaled(eps).of,
+        "slots": Slotted(eps),
+        "dataclass": (lambda given: lambda m, x, y: given.eps * cross_entropy(m, x, y))(Given(eps)),
+        "tensor": Scaled(torch.tensor([eps], dtype=torch.bfloat16)),
+        "array": Scaled(np.array([eps])),
+        "network": Scaled(nn.CrossEntropyLoss(label_smoothing=eps)),
+        "weights": Scaled(nn.Linear(1, 1).requires_grad_(False).apply(partial(fill, eps=eps))),
+        "body": [half, other_half][eps == 0.25],
+        "deep": mixed(mixed(mixed(joint([partial(Scaled(eps).attack, steps=1)])))),
     }
     return ways[way]
 
 
+def fill(layer, eps):
+    layer.weight.fill_(eps)
+    layer.bias.fill_(0.0)
+
+
+class Scaled:
+    """A loss that is an object, or one of its methods; so is an attack."""
+
+    def __init__(self, by):
+        self.by, self.same = by, {"name", "of", "a", "set"}
+
+    def __call__(self, model, x, y):
+        return cross_entropy(model, x, y)
+
+    def of(self, model, x, y):
+        return self(model, x, y)
+
+    def attack(self, model, x, y, *, seed, steps):
+        return x
+
+
+class Slotted:
+    __slots__ = ("by",)
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, model, x, y):
+        return self.by * cross_entropy(model, x, y)
+
+
+@dataclass
+class Given:
+    eps: float
+
+
+def half(model, x, y):
+    """Half of the loss."""
+    return 0.5 * cross_entropy(model, x, y)
+
+
+def other_half(model, x, y):
+    return 0.25 * cross_entropy(model, x, y)
+
+
+other_half.__qualname__ = half.__qualname__
+
 WAYS = ["attack", "mixed", "closure", "default", "lambda", "partial", "list", "dictionary"]
+WAYS += ["object", "method", "slots", "dataclass", "tensor", "array", "network", "weights", "body"]
+WAYS += ["deep"]
+ONCE = ("lambda", "body")
 
 
 @pytest.mark.parametrize(
-    ("way", "other"), [(way, e) for way in WAYS for e in (0.25, 0.0) if (way, e) != ("lambda", 0.0)]
+    ("way", "other"), [(way, e) for way in WAYS for e in (0.25, 0.0) if e or way not in ONCE]
 )
 def test_a_checkpoint_knows_the_settings_bound_in_a_loss(way, other, tmp_path):
     given = {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
@@ -334,14 +396,115 @@ def test_a_checkpoint_knows_the_settings_bound_in_a_loss(way, other, tmp_path):
         quiet(network(), images, loss=bound(way, other), **given)
 
 
+def everything():
+    """Settings of many kinds, as text."""
+    held = {way: bound(way, 0.5) for way in WAYS}
+    return training._text(
+        partial(
+            bound("attack", 0.5),
+            model=network(),
+            other=[object(), Path("a"), torch.float64, np.exp, torch.add, nn.ReLU],
+            data=np.float64(2),
+            generator=torch.Generator(),
+            names={"a", "b", "c", (1, 2)},
+            chosen=lambda kind: kind in {"one", "two", "three"},
+            **held,
+        )
+    )
+
+
 def test_settings_are_told_the_same_in_each_process():
-    """No addresses: of objects without a name only the kind."""
-    made = partial(bound("attack", 0.5), model=network(), other=[object()], data=np.float64(2))
-    text = training._text(made)
-    assert " at 0x" not in text
-    assert "model=Sequential" in text
-    assert "other=[object]" in text
+    """No addresses, and no order of sets: of objects that hold nothing only the kind."""
+    text = everything()
+    assert "0x" not in text
+    assert "model=Sequential#" in text
+    assert "other=[object, a, torch.float64, " in text
     assert "data=2.0" in text
+    code = "import sys; sys.path.insert(0, {!r}); import test_training as t; print(t.everything())"
+    code = code.format(str(Path(__file__).parent))
+    for seed in ("1", "2"):
+        again = subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
+        assert again.stdout.strip() == text
+
+
+def test_of_code_neither_place_nor_docstring_counts():
+    bodies = [
+        "def f(x):\n    return x in {'a', 'b'}",
+        "\n\ndef f(x):\n    # Why.\n    return x in {'a', 'b'}",
+        "def f(x):\n    'What.'\n    return x in {'a', 'b'}",
+        "def f(x):\n    return x in {'a', 'c'}",
+        "def f(x):\n    return x not in {'a', 'b'}",
+        "def f(x):\n    return [g(y) for y in x]",
+        "def f(x):\n    return [h(y) for y in x]",
+    ]
+    texts = []
+    for body in bodies:
+        made = {}
+        exec(body, made)
+        texts.append(training._text(made["f"]))
+    assert texts[0] == texts[1] == texts[2]
+    assert len({*texts}) == 5
+
+
+def test_an_object_that_holds_itself_is_told():
+    loss = Scaled(None)
+    loss.by = [loss, loss]
+    assert training._text(loss).startswith("Scaled(")
+
+
+def test_a_loss_may_hold_what_is_trained(tmp_path):
+    """Its weights are other ones when a finished training is asked for again."""
+    ends = []
+    for seed in (0, 1):
+        model = network(seed)
+
+        class Own:
+            def __init__(self, model):
+                self.parts = [model, model[1], *model.parameters()]
+
+            def __call__(self, model, x, y):
+                return cross_entropy(model, x, y)
+
+        quiet(model, blobs(), epochs=1, loss=Own(model), checkpoint=tmp_path / "run.pt")
+        ends.append(weights(model))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("schedule", [None, 0.5])
+def test_groups_of_parameters_keep_their_rates(schedule, tmp_path):
+    """Also in a training that goes on."""
+
+    def groups(parameters, lr):
+        slow = {"params": parameters[:2], "lr": lr / 4}
+        return torch.optim.SGD([slow, {"params": parameters[2:]}], lr=lr)
+
+    def stop(epoch, _):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    ours, resumed, model = network(), network(), network()
+    given = {"epochs": 3, "batch_size": 1000, "lr": 0.2, "optimizer": groups, "schedule": schedule}
+    quiet(ours, blobs(), **given)
+    for epoch in range(3):
+        gradients = torch.autograd.grad(
+            cross_entropy(model, blobs().x, blobs().y), list(model.parameters())
+        )
+        with torch.no_grad():
+            factor = (schedule or 1.0) ** epoch
+            for i, (p, g) in enumerate(zip(model.parameters(), gradients, strict=True)):
+                p.sub_((0.05 if i < 2 else 0.2) * factor * g)
+    torch.testing.assert_close(weights(ours), weights(model), rtol=1e-5, atol=1e-6)
+    file = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        quiet(resumed, blobs(), checkpoint=file, observe=stop, **given)
+    quiet(resumed, blobs(), checkpoint=file, **given)
+    assert torch.equal(weights(resumed), weights(ours))
 
 
 @pytest.mark.parametrize("which", ["train", "val"])
@@ -503,16 +666,13 @@ def test_finished_run_is_loaded_not_repeated(tmp_path):
 
 RUN = {"epochs": 12, "batch_size": 20, "lr": 0.02, "schedule": "cosine", "seed": 11}
 CHILD = """
-import functools, sys, time
+import sys, time
 sys.path.insert(0, {folder!r})
-from test_training import RUN, blobs, cross_entropy, network, quiet
+from test_training import RUN, blobs, network, quiet
 
-@functools.wraps(cross_entropy)
-def loss(model, x, y):
-    time.sleep(0.03)
-    return cross_entropy(model, x, y)
-
-quiet(network(dropout=0.5), blobs(), val=blobs(9, seed=1), loss=loss, checkpoint={file!r},
+model = network(dropout=0.5)
+model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+quiet(model, blobs(), val=blobs(9, seed=1), checkpoint={file!r},
       observe=lambda epoch, model: print(epoch, flush=True), **RUN)
 """
 
