@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 from reproduce.files import read
 from reproduce.options import friendly, refuse_unknown
@@ -92,12 +93,10 @@ def command(
         if isinstance(task.subject, Run):  # points that a killed run left may be of other settings
             forced.append(plan.points(task.subject))
     line += ["--forcerun", *(str(path) for path in forced if path.is_file())]
-    line += [
-        "--config",
-        f"settings={plan.settings}",
-        f"results={plan.results}",
-        f"work={plan.work}",
-    ]
+    # Snakemake reads a value as YAML, in which " #" and ": " mean something, and quotes it for the
+    # shell of each step as Python does: so a folder goes without such characters.
+    folders = {name: quote(str(getattr(plan, name))) for name in ("settings", "results", "work")}
+    line += ["--config", *(f"{name}={folder}" for name, folder in folders.items())]
     line += [f"{key}={' '.join(getattr(plan, key))}" for key in ("only", "skip")]
     line += [f"datasets={' '.join(there)}"]
     line += ["--cores", given.cores] if given.cores else []

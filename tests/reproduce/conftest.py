@@ -108,4 +108,6 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path):
-    return Bench(tmp_path)
+    folder = tmp_path / "it's #1: {a} $b"  # what YAML, Snakemake or a shell could take amiss
+    folder.mkdir()
+    return Bench(folder)
