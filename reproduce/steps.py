@@ -57,6 +57,8 @@ OWN = {"call", "target", "eps", "norm", "images", "measures", "measured_at", "ba
 OWN |= {"every", "nested", "judges", "uses"}
 # Measures that need no image that was attacked: a network may get nothing right.
 OF_ALL = ("error", "correct", "single_step", "portraits")
+# The code of measuring; the other names in a record are of the attack.
+OF_MEASURES = ("reproduce.measures.", "adv.lab.committee.")
 
 
 # -------------------------------------------------------------------------------------- the steps
@@ -64,7 +66,7 @@ OF_ALL = ("error", "correct", "single_step", "portraits")
 
 def train(plan: Plan, network: Network) -> None:
     """Train a network, going on where a killed training stopped; write weights and record."""
-    recipe = plan.recipe(network)
+    recipe, made = plan.recipe(network), _made(plan, network)
     source, place = data.load(recipe["data"]), device()
     # A new encoder must not start from the weights from which the one that was attacked did.
     start = recipe["seed"] + (FRESH if "pairs" in recipe else 0)
@@ -76,8 +78,9 @@ def train(plan: Plan, network: Network) -> None:
         images, wanted = pairs.training(used, images, of, network.seed, folder)
         targets = {"targets": wanted}
     loss = _loss(recipe["loss"] | targets, used)
-    # Its name tells apart what fit() can't: a loss is known to it by name only.
-    checkpoint = plan.weights(network).with_name(f"checkpoint-{digest(recipe)}.pt")
+    # Its name tells apart what fit() can't: a loss is known to it by name only, and not its code.
+    whole = digest([recipe, made["code"], _which(plan, network)])
+    checkpoint = plan.weights(network).with_name(f"checkpoint-{whole}.pt")
     val = source.val if recipe["training"].get("best") else None
     history = (
         _duel(model, images, recipe, checkpoint)
@@ -99,7 +102,7 @@ def train(plan: Plan, network: Network) -> None:
     }
     record |= _which(plan, network)
     record |= {"parameters": sum(p.numel() for p in model.parameters())}
-    write_record(plan, network, record, sum(history.seconds))
+    write_record(plan, network, record, sum(history.seconds), made)
     for old in checkpoint.parent.glob("checkpoint-*.pt"):
         old.unlink()
 
@@ -172,7 +175,7 @@ def _verdict(history: History | Duel) -> dict[str, str]:
 
 def attack(plan: Plan, run: Run) -> None:
     """Perturb test images of the run's data set and write the points."""
-    settings, place = plan.attack(run), device()
+    settings, place, code = plan.attack(run), device(), plan.versions(run)
     _check_options(settings)
     model, source = _target(plan, run, 0), data.load(run.network.dataset)
     some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
@@ -191,6 +194,7 @@ def attack(plan: Plan, run: Run) -> None:
         else:
             points = _points(model, x, y, grid, settings, seed, used)
     content = _origin(plan, run) | {
+        "code": code,
         "attacked": attacked.cpu(),
         "passes": {name: count / max(1, len(x)) for name, count in asdict(counts).items()},
         "points": [p.cpu() for p in points],
@@ -377,12 +381,14 @@ def _points(
 
 def measure(plan: Plan, run: Run) -> None:
     """Measure the points of a run and write its record."""
-    settings, place = plan.attack(run), device()
+    settings, place, made = plan.attack(run), device(), _made(plan, run)
     model, source = _target(plan, run, defended.MEASURE), data.load(run.network.dataset)
     content = torch.load(plan.points(run), map_location=place, weights_only=True)
     origin = _origin(plan, run)
     if any(content.get(name) != value for name, value in origin.items()):
         raise ValueError(f"{plan.points(run)} is of other settings or weights; delete it")
+    attack_code = {k: v for k, v in content["code"].items() if not k.startswith(OF_MEASURES)}
+    made["code"] |= attack_code  # the attack's may have changed since, which its record must show
     some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
     told = settings | _committee(plan, run, source)
@@ -402,27 +408,35 @@ def measure(plan: Plan, run: Run) -> None:
     }
     if "defense" not in settings:  # what is differentiated in its place doesn't pass through it
         record["passes"] = content["passes"]
-    write_record(plan, run, record | origin, content["seconds"] + time.perf_counter() - start)
+    seconds = content["seconds"] + time.perf_counter() - start
+    write_record(plan, run, record | origin, seconds, made)
 
 
 # ------------------------------------------------------------------------------------------ files
 
 
 def write_record(
-    plan: Plan, subject: Network | Run, content: dict[str, Any], seconds: float
+    plan: Plan,
+    subject: Network | Run,
+    content: dict[str, Any],
+    seconds: float,
+    made: dict[str, Any],
 ) -> None:
-    """Write a record with all that tells where its numbers come from."""
+    """Write a record with all that tells where its numbers come from: ``made`` is of ``_made``."""
     network = subject if isinstance(subject, Network) else subject.network
     names = {"paper": network.paper, "dataset": network.dataset, "model": network.model}
     names |= {"defense": network.defense}
-    packages: tuple[str, ...] = ()
-    if isinstance(subject, Run):
-        names |= {"attack": subject.attack}
-        if plan.attack(subject).get("call", "").startswith("peers."):
-            packages = peers.LIBRARIES
-    made = {"seed": network.seed, "seconds": round(seconds, 2), "code": plan.versions(subject)}
-    origin = provenance(plan.files(subject), packages=packages)
-    write_json(plan.record(subject), names | content | made | origin)
+    names |= {"attack": subject.attack} if isinstance(subject, Run) else {}
+    told = {"seed": network.seed, "seconds": round(seconds, 2)}
+    write_json(plan.record(subject), names | content | told | made)
+
+
+def _made(plan: Plan, subject: Network | Run) -> dict[str, Any]:
+    """The code that runs, device and versions: asked for first, as files may change meanwhile."""
+    peer = isinstance(subject, Run) and plan.attack(subject).get("call", "").startswith("peers.")
+    packages = peers.LIBRARIES if peer else ()
+    code = {"code": plan.versions(subject)}
+    return code | provenance(plan.files(subject), packages=packages)
 
 
 def _origin(plan: Plan, run: Run) -> dict[str, Any]:

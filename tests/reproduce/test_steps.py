@@ -20,7 +20,7 @@ from adv.lab.training import fit
 from reproduce import steps, summary
 from reproduce.files import dumps, read, sha256, write_json
 from reproduce.measures import MEASURES, Sample
-from reproduce.plan import Network, Run
+from reproduce.plan import Network, Plan, Run
 
 
 @pytest.fixture
@@ -332,6 +332,58 @@ def test_a_training_goes_on_where_it_was_killed(bench, network, monkeypatch):
     steps.train(whole, network)
     assert whole.weights(network).read_bytes() == expected
     assert not list(whole.weights(network).parent.glob("checkpoint-*.pt"))
+
+
+def test_a_record_names_the_code_that_ran_not_that_of_the_end(bench, network, monkeypatch):
+    """Files may change while a training of hours runs, whose record must not say it is of them."""
+    plan, run = bench.plan(), Run(network, "pgd")
+    before = {one: plan.versions(one) for one in (network, run)}
+
+    def edited(function, patch):
+        @functools.wraps(function)
+        def call(*arguments, **settings):
+            patch.setattr(Plan, "versions", lambda _, one: dict.fromkeys(before[one], "0" * 12))
+            return function(*arguments, **settings)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "fit", edited(fit, patch))
+        steps.train(plan, network)
+    assert read(plan.record(network))["code"] == before[network]
+    with monkeypatch.context() as patch:
+        patch.setattr("adv.attacks.gradient.pgd", edited(pgd, patch))
+        steps.attack(plan, run)
+        steps.measure(plan, run)
+    measured = {"reproduce.measures.fooling": "0" * 12}
+    assert read(plan.record(run))["code"] == before[run] | measured
+    assert plan.fault(run) == "code of reproduce.measures.fooling changed"
+
+
+def test_a_training_does_not_go_on_from_what_other_code_or_a_model_of_other_weights_left(
+    bench, network, monkeypatch
+):
+    files = []
+
+    def stopped(model, train, *, checkpoint, **settings):
+        files.append(checkpoint.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "fit", stopped)
+    now = bench.plan().versions(network)
+    for code, used in (
+        (now, {}),
+        (now, {}),
+        (now | {"adv.lab.training.fit": "0"}, {}),
+        (now, {"used": "1"}),
+    ):
+        monkeypatch.setattr(Plan, "versions", lambda *_, code=code: code)
+        monkeypatch.setattr(steps, "_which", lambda *_, used=used: used)
+        monkeypatch.setattr(Plan, "files", lambda *_: [])
+        with pytest.raises(KeyboardInterrupt):
+            steps.train(bench.plan(), network)
+    assert files[0] == files[1]
+    assert len(set(files)) == 3
 
 
 def test_other_weights_than_the_record_s_are_refused(bench, network):
