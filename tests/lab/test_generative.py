@@ -244,6 +244,28 @@ def test_the_critic_measures_how_far_a_shift_is():
     assert game.penalty[-1] < 0.01
 
 
+def test_both_players_step_by_adam_with_the_papers_momenta_and_a_falling_rate(monkeypatch):
+    steps, whole = [], torch.optim.Adam.step
+
+    def noted(optimizer, *arguments, **settings):
+        (group,) = optimizer.param_groups
+        owner = "critic" if group["params"][0] is first else "generator"
+        steps.append((owner, group["lr"], group["betas"]))
+        return whole(optimizer, *arguments, **settings)
+
+    model = player()
+    first = next(model.critic.parameters())
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    given = {"epochs": 4, "batch_size": 20, "critic_steps": 2, "lr": 0.008, "progress": False}
+    fit_wgan(model, DIGITS.take(80), **given)
+    assert {betas for *_, betas in steps} == {(0.5, 0.9)}
+    for name, count in (("critic", 4), ("generator", 2)):
+        rates = [rate for owner, rate, _ in steps if owner == name]
+        assert rates == pytest.approx(
+            [r for r in (0.008, 0.006, 0.004, 0.002) for _ in range(count)]
+        )
+
+
 def test_a_wgan_learns_where_the_ink_is():
     model = models.build("wgan", seed=0)
     before = samples(model, 200).mean(0)

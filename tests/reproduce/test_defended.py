@@ -258,6 +258,34 @@ def test_the_attack_asks_a_defense_with_other_draws(parts):
         assert torch.allclose(found[part], wanted, atol=1e-4)
 
 
+def test_attack_judges_and_measure_each_have_draws_of_their_own(plan, parts, monkeypatch):
+    """Else an attack would be measured on the very starts that it was searched on."""
+    built, whole, judges = [], defended.built, []
+
+    def noted(model, used, settings, seed):
+        built.append(seed)
+        return whole(model, used, settings, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(defended, "built", noted)
+        run(plan, "mlp", "gan-clean")
+    attacked, measured = built
+    gan, _, some = parts
+    reseeded = DefenseGAN.reseeded
+
+    def asked(defense, seed):
+        judges.append(seed)
+        return reseeded(defense, seed)
+
+    monkeypatch.setattr(DefenseGAN, "reseeded", asked)
+    settings = {"call": "adaptive.surface_search", "norm": "l2", "verify": 3, "chunk": 5}
+    settings |= {"steps": 1, "rounds": 1, "defense": GAN}
+    defended.adapted(gan, some.x, some.y, settings, attacked)
+    assert judges == [1000, 1010, 1020, 1005, 1015, 1025, 1010, 1020, 1030]
+    # The judges of chunk 0 to 999, and of some seeds of networks, lie strictly between the others.
+    assert (attacked, measured) == (0, 2000)
+
+
 def test_more_images_than_there_are_draws_are_refused():
     count = defended.MEASURE - defended.VERIFY
     x, y = torch.zeros(count, 1, 2, 2), torch.zeros(count, dtype=torch.int64)

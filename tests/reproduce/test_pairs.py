@@ -202,6 +202,26 @@ def test_targets_alone_start_from_black(tmp_path):
         pairs.attacked(torch.nn.Identity(), x, wanted, settings, 0, tmp_path)
 
 
+def test_each_part_of_the_pairs_has_a_seed_and_a_file_of_its_own(tmp_path, monkeypatch):
+    vae = models.build("vae", hidden=[16], latent=4, seed=0).eval()
+    seeds = []
+
+    def noted(encode, x, code, *, seed, **settings):
+        seeds.append((len(x), seed))
+        return match(encode, x, code, seed=seed, **settings)
+
+    monkeypatch.setattr(pairs, "PART", 4)
+    monkeypatch.setattr(pairs, "match", noted)
+    x, wanted = TEST.x[:10], TEST.x[10:20]
+    points = pairs.attacked(vae, x, wanted, {"eps": [1.0], **MATCH}, 3, tmp_path)
+    assert seeds == [(4, 3), (4, 7), (2, 11)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0.pt", "4.pt", "8.pt"]
+    with torch.no_grad():
+        code = vae.posterior(wanted[4:8])[0]
+    direct = match(lambda z: vae.posterior(z)[0], x[4:8], code, eps=1.0, seed=7, **MATCH)
+    assert torch.allclose(points[4:8], direct, atol=1e-6)
+
+
 def test_the_first_weights_are_other_ones_and_targets_are_learned(plan, monkeypatch):
     seen = {}
     whole = steps.fit

@@ -129,6 +129,59 @@ def test_eps99_is_infinite_where_the_attack_fails_too_often():
         assert values["found"] == pytest.approx(1 - failing / 100)
 
 
+@pytest.mark.parametrize("count", [1, 10, 99, 101, 150, 200, 250])
+def test_eps99_is_the_smallest_radius_that_fools_more_than_99_percent(count):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1, 2)).double().eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        model[1].bias.zero_()
+    x = torch.full((count, 1, 1, 1), 0.5, dtype=torch.float64)
+    sizes = 0.6 + torch.randperm(count, generator=torch.Generator().manual_seed(0)) / 1024
+    y, everyone = torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool)
+    points = x - sizes.double()[:, None, None, None]
+    sample = Sample(model, x, y, everyone, [points], None, {"norm": "linf"})
+    enough = [r for r in sizes.tolist() if 100 * int((sizes <= r).sum()) > 99 * count]
+    assert MEASURES["minimal"](sample)["eps99"] == pytest.approx(min(enough), abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [64, 203, 215])
+def test_eigenvalues_are_stored_first_all_then_every_fifth(size):
+    draws = torch.Generator().manual_seed(0)
+    points = torch.rand(600, size, generator=draws) * torch.linspace(1, 2, size)
+    x, y = points.reshape(600, 1, 1, size), torch.arange(600) % 2
+    everyone = torch.ones(600, dtype=torch.bool)
+    values = MEASURES["spectra"](Sample(torch.nn.Identity(), x, y, everyone, [x], None, {}))
+    expected = [*range(1, min(200, size) + 1), *(i for i in (205, 210, 215) if i <= size)]
+    assert values["index"] == expected
+    for label in (0, 1):
+        covariance = points[y == label].double().T.cov()
+        largest = torch.linalg.eigvalsh(covariance).flip(0)[[i - 1 for i in expected]]
+        assert values[f"spectrum-{label}"] == pytest.approx(largest.tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("best", [True, False, None])
+def test_images_are_held_out_only_for_the_best_epoch(bench, network, monkeypatch, best):
+    """Without ``best`` the last epoch's weights are what the paper's recipe asks for."""
+    if best is not None:
+        bench.content["networks"]["fcnn"]["training"]["best"] = best
+    bench.write()
+    seen = []
+
+    def watched(model, train, **settings):
+        seen.append((train, settings["val"]))
+        return fit(model, train, **settings)
+
+    monkeypatch.setattr(steps, "fit", watched)
+    steps.train(bench.plan(), network)
+    ((train, val),) = seen
+    source = data.load("digits")
+    assert len(train) == len(source.train)
+    if best:
+        assert torch.equal(val.x, source.val.x)
+    else:
+        assert val is None
+
+
 def test_a_training_is_that_of_its_recipe_and_seed(bench):
     plan, network = bench.plan(), Network("convex", "digits", "fcnn", "none", 1)
     steps.train(plan, network)
