@@ -47,6 +47,20 @@ def test_rows_are_kept_until_something_changes(tmp_path, counted):
     assert len(counted) == 5
 
 
+def test_two_processes_that_solve_other_norms_keep_each_other_s_rows(tmp_path, monkeypatch):
+    prove, others = optima.minimal_perturbation, [("l2",), ("linf",)]
+
+    def meanwhile(*arguments, **settings):
+        if others:  # each started before the one around it has stored anything
+            optima.solve(NAME, 1, norms=others.pop(), results=tmp_path)
+        return prove(*arguments, **settings)
+
+    monkeypatch.setattr(optima, "minimal_perturbation", meanwhile)
+    optima.solve(NAME, 1, norms=("l0",), results=tmp_path)
+    stored = read(optima.path(NAME, tmp_path))["norms"]
+    assert {norm: len(rows) for norm, rows in stored.items()} == {"l0": 1, "linf": 1, "l2": 1}
+
+
 def test_an_unknown_norm_or_network_is_told_before_anything_is_proved(counted):
     for arguments in ([NAME, "--norms=linf,l7"], ["digits/none"]):
         with pytest.raises(
