@@ -387,7 +387,9 @@ def measure(plan: Plan, run: Run) -> None:
     origin = _origin(plan, run)
     if any(content.get(name) != value for name, value in origin.items()):
         raise ValueError(f"{plan.points(run)} is of other settings or weights; delete it")
-    attack_code = {k: v for k, v in content["code"].items() if not k.startswith(OF_MEASURES)}
+    attack_code = {
+        k: v for k, v in content.get("code", {}).items() if not k.startswith(OF_MEASURES)
+    }
     made["code"] |= attack_code  # the attack's may have changed since, which its record must show
     some = chosen(source.test, settings, plan.recipe(run.network)).to(place)
     start = time.perf_counter()
