@@ -78,7 +78,7 @@ def train(plan: Plan, network: Network) -> None:
         images, wanted = pairs.training(used, images, of, network.seed, folder)
         targets = {"targets": wanted}
     loss = _loss(recipe["loss"] | targets, used)
-    # Its name tells apart what fit() can't: a loss is known to it by name only, and not its code.
+    # Its name tells apart what fit() does not know: the data, and all of the code.
     whole = digest([recipe, made["code"], _which(plan, network)])
     checkpoint = plan.weights(network).with_name(f"checkpoint-{whole}.pt")
     val = source.val if recipe["training"].get("best") else None

@@ -90,7 +90,9 @@ class Search:
         part.box = room(part.x, self.bounds)
         part.best, part.watch = Best(part.x), GradientWatch(part.x)
         part.best.update(self.best.x_adv[rows], self.best.distance[rows])
-        part.watch.stuck, part.watch.done = self.watch.stuck[rows], self.watch.done[rows]
+        watch = self.watch
+        part.watch.stuck, part.watch.done = watch.stuck[rows], watch.done[rows]
+        part.watch.broken = watch.broken[rows]
         return part
 
     def take(self, part: "Search", chosen: Bool[Tensor, " B"]) -> None:
@@ -100,7 +102,7 @@ class Search:
         # New tensors: an observer may have kept the old ones.
         self.best.x_adv = self.best.x_adv.index_put((chosen,), part.best.x_adv)
         self.best.distance = self.best.distance.index_put((chosen,), part.best.distance)
-        self.watch.stuck[chosen] = part.watch.stuck
+        self.watch.stuck[chosen], self.watch.broken[chosen] = part.watch.stuck, part.watch.broken
 
     def look(self, delta: Tensor, rival: Tensor | None) -> Seen:
         """One forward and one backward pass at ``x + delta``; ``rival``: the class, None all."""

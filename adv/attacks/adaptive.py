@@ -35,6 +35,7 @@ from adv.attacks.common import (
     check_inputs,
     check_number,
     check_positive,
+    check_seed,
     check_whole,
     eval_mode,
     expand,
@@ -590,7 +591,7 @@ def nes(
     Source: Chen, Xie and Zhu (2020), (20); chapter ``generative``.
     """
     _check_draws(samples, sigma, at_once)
-    generator(seed)
+    check_seed(seed)
     return Guessed(model, samples=samples, sigma=sigma, seed=seed, at_once=at_once)
 
 
@@ -680,7 +681,7 @@ def distortion_search(
     Source: Chen, Xie and Zhu (2020), (20) and (21); Carlini and Wagner (2017); chapter
     ``generative``.
     """
-    generator(seed)
+    check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, rounds=rounds)
     check_positive("weight", weight)
     check_number("weight", weight, HEAVIEST)
@@ -760,7 +761,7 @@ class _Candidates:
         success = torch.zeros_like(self.near.found)
         with torch.no_grad():
             for best in (self.near, self.sure):
-                stands = best.found & is_adversarial(self.verify(best.x_adv), self.y)
+                stands = best.found & is_adversarial(self.verify(best.x_adv.clone()), self.y)
                 self.verified.update(best.x_adv, best.distance, stands)
                 success |= stands
         return success
@@ -837,7 +838,7 @@ def surface_search(
 
     Source: ours; chapter ``generative``.
     """
-    generator(seed)
+    check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, rounds=rounds, scales=scales)
     check_positive("weight", weight)
     check_number("weight", weight, HEAVIEST)
@@ -972,7 +973,7 @@ def latent_walk(
 
     Source: Chen, Xie and Zhu (2020), (22); Schott et al. (2019); chapter ``generative``.
     """
-    generator(seed)
+    check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps, every=every)
     check_positive("eta", eta)
     check_number("eta", eta, 1.0)
@@ -1002,7 +1003,7 @@ def latent_walk(
 
 def _bisect(model: Model, x: Tensor, x_adv: Tensor, y: Tensor, halvings: int) -> Tensor:
     """The last point of a bisection that fools the model, or ``x`` where the first doesn't."""
-    found = is_adversarial(model(x_adv), y)
+    found = is_adversarial(model(x_adv.clone()), y)
     low, high = x.new_zeros(len(x)), x.new_ones(len(x))
     for _ in range(halvings):
         middle = (low + high) / 2

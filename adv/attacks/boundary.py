@@ -15,10 +15,10 @@ from adv.attacks.common import (
     Observe,
     check_inputs,
     check_number,
+    check_seed,
     class_gradients,
     eval_mode,
     expand,
-    generator,
     is_adversarial,
     settled,
 )
@@ -76,7 +76,7 @@ def deepfool(
     Source: Moosavi-Dezfooli et al. (2016); Matyasko (2020), (2.18) as corrected by errata 10;
     chapter ``first_example``.
     """
-    generator(seed)
+    check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps)
     if exponent(norm) == 1:
         raise ValueError("deepfool() needs p > 1: the closed form's powers end there")
@@ -98,7 +98,7 @@ def deepfool(
                 observe(step, {"x_adv": x_adv, "logits": logits, "distance": distance})
             x_adv = (x_adv + r).clamp(*bounds)
             beyond = (x + (1 + overshoot) * (x_adv - x)).clamp(*bounds)
-            keep(beyond, model(beyond))
+            keep(beyond, model(beyond.clone()))
             if settled(best.found, step):
                 break
     watch.report("deepfool()")

@@ -170,7 +170,7 @@ def leaf(x: Float[Tensor, "B ..."]) -> tuple[Float[Tensor, "B ..."], Float[Tenso
         The leaf (B, ...), which shares the memory of ``x``, and its copy, with a graph to the leaf
         where gradients are recorded.
     """
-    z = _plain(x).requires_grad_()
+    z = plain(x).requires_grad_()
     return z, z.clone()
 
 

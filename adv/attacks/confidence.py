@@ -26,10 +26,10 @@ from adv.attacks.common import (
     check_labels,
     check_number,
     check_range,
+    check_seed,
     class_gradients,
     eval_mode,
     expand,
-    generator,
     input_gradient,
     is_adversarial,
     plain,
@@ -97,7 +97,7 @@ def high_confidence(
     Source: Matyasko (2020), (4.6)-(4.8) as corrected by errata 16 and Algorithm 1; chapter
     ``critic``.
     """
-    generator(seed)
+    check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, steps=steps)
     check_number("overshoot", overshoot)
     limit, x, watch = _limit(max_step), x.detach().clone(), GradientWatch(x)

@@ -21,6 +21,7 @@ from adv.attacks.common import (
     Observe,
     check_inputs,
     check_number,
+    check_seed,
     eval_mode,
     expand,
     generator,
@@ -80,7 +81,7 @@ def fgsm(
 
     Source: Goodfellow et al. (2015); Matyasko (2020), (2.16)-(2.17); chapter ``first_example``.
     """
-    generator(seed)
+    check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, eps=eps)
     climb, watch = objective(loss, targeted), GradientWatch(x)
     exponent(norm)
@@ -175,7 +176,7 @@ def pgd(
                 delta = project(delta, norm, eps, box=box)
             x_adv = (x + delta).clamp(*bounds)
             with torch.no_grad():
-                best.update(x_adv, _score(model(x_adv), y, targeted))
+                best.update(x_adv, _score(model(x_adv.clone()), y, targeted))
     watch.report("pgd()")
     return best.x_adv
 
@@ -223,7 +224,7 @@ def random_noise(
         for draw in range(draws):
             delta = noise(x, eps, norm, kind, generator=generator(seed, draw))
             x_adv = (x + delta).clamp(*bounds)
-            logits = model(x_adv)
+            logits = model(x_adv.clone())  # which a layer may change in place
             best.update(x_adv, _score(logits, y, targeted))
             if observe is not None:
                 observe(draw, {"x_adv": x_adv, "logits": logits})

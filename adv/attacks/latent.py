@@ -25,6 +25,7 @@ from adv.attacks.common import (
     check_labels,
     check_number,
     check_range,
+    check_seed,
     eval_mode,
     generator,
     is_adversarial,
@@ -127,7 +128,7 @@ def latent_fgsm(
 
     Source: "Disentangling Adversarial Robustness", section 3 and appendix B; chapter ``manifold``.
     """
-    generator(seed)
+    check_seed(seed)
     check_inputs(model, x, y, bounds=bounds, eps=eps)
     exponent(norm)
     climb, watch = objective(loss), GradientWatch(x)
@@ -269,7 +270,7 @@ def latent_noise(
         for draw in range(draws):
             z = center + noise(center, eps, norm, kind, generator=generator(seed, draw))
             x_adv = _decode(manifold, z, y, bounds)
-            logits = model(x_adv)
+            logits = model(x_adv.clone())  # which a layer may change in place
             best.update(x_adv, margin(logits, y))
             if observe is not None:
                 observe(draw, {"z": z, "x_adv": x_adv, "logits": logits})

@@ -27,6 +27,7 @@ from adv.attacks.common import (
     check_inputs,
     check_number,
     check_positive,
+    check_seed,
     check_whole,
     eval_mode,
     expand,
@@ -40,8 +41,8 @@ DECAY, EPSILON = 0.999, 1e-8
 """Of Adam's second moment."""
 ROUNDS = 3
 """Linearizations by which the boundary of a class that passed the first round is located."""
-AMPLE = 240
-"""Passes from which on trials and exploration pay."""
+AMPLE, WARY = 200, 60
+"""Passes from which on trials and exploration pay; from which on samples count as misled."""
 TRIAL, EXCURSION = 1 / 12, 1 / 32
 """Shares of the passes for a trial, against a class or all, and for an exploring game."""
 EXPLORE, FARTHEST, NEAREST = 0.2, 0.8, 1 / 8
@@ -175,13 +176,13 @@ def pdpgd(
     r"""Primal-dual (proximal) gradient descent: a minimal-norm attack with one pass for each step.
 
     The plan of an untargeted attack: the boundaries of the most likely classes are located by
-    projections onto their linearizations; from 240 steps on, a game is played against each of the
+    projections onto their linearizations; from 200 steps on, a game is played against each of the
     nearest, and some short ones from random points; the rest goes into a game against the class
-    found nearest, and projections at its end. Where the linearizations turn out to mislead, as on
-    networks with saturated units, games are against all classes at once, from random points, with
-    steps of the order of the range; under sparse penalties a relaxed game is tried too, and goes on
-    where it came nearer. Before their last game they go back to the boundary from the nearest point
-    found. A targeted attack plays one game.
+    found nearest, and projections at its end. Where, from 60 steps on, linearizations turn out to
+    mislead, as on networks with saturated units, games are against all classes at once, from random
+    points, with steps of the order of the range; under sparse penalties a relaxed game is tried
+    too, and goes on where it came nearer. Before their last game they go back to the boundary from
+    the nearest point found. A targeted attack plays one game.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
@@ -218,7 +219,7 @@ def pdpgd(
     """
     check_inputs(model, x, y, bounds=bounds, steps=steps)
     check_whole("restarts", restarts)
-    generator(seed)  # so that a bad seed is told before the first pass
+    check_seed(seed)  # so that a bad seed is told before the first pass
     h = size_of(norm, x)
     rules = _settings(settings, h)
     with eval_mode(model):
@@ -487,7 +488,7 @@ def _ranks(search: Search, way: Float[Tensor, "B ..."]) -> tuple[Tensor, Float[T
 def _misled(search: Search, distances: Float[Tensor, "B C"]) -> Bool[Tensor, " B"]:
     """Whether nothing near what linearizations promised is across; never if none was tried."""
     best = search.best
-    if search.steps < AMPLE or distances.shape[1] == 1:
+    if search.steps < WARY or distances.shape[1] == 1:
         return torch.zeros_like(best.found)
     return (best.distance > MISLED * distances[:, 0]) | ~best.found
 

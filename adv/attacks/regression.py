@@ -157,7 +157,7 @@ def quadratic(
         random = (_random_like(x, seed, k) for k in range(1, restarts))
         for s in itertools.chain(own, map(climb, random)):
             x_adv = frame.point(s)
-            error = _error(model(x_adv), y)
+            error = _error(model(x_adv.clone()), y)
             best.update(x_adv, -error)
             tell(s, {"error": error})
         if eps:  # a product with a random vector is zero where the Jacobian is

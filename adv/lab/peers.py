@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from adv.attacks.common import (
     Bounds,
     check_inputs,
+    check_seed,
     eval_mode,
     expand,
-    generator,
     is_adversarial,
 )
 from adv.geometry import norm as length
@@ -271,7 +271,7 @@ def attack(
             "make it the forward of one"
         )
     check_inputs(model, x, y, bounds=bounds, steps=steps)
-    generator(seed)
+    check_seed(seed)
     x = x.detach()
     with eval_mode(model), _frozen(model), _seeded(seed):
         shown = _Shown(model, x.dtype).eval()

@@ -267,20 +267,8 @@ PARTS = {
 }
 
 
-# These hand the model points that they use again.
-CARELESS = ("deepfool", "distortion_search", "pgd", "random_noise", "quadratic")
-
-
-def told(attacks):
-    """The same, of which the careless ones are expected to fail."""
-    for param in attacks:
-        careless = param.id in CARELESS
-        marks = [pytest.mark.xfail(reason="no copy is given", strict=True)] if careless else []
-        yield pytest.param(*param.values, id=param.id, marks=marks)
-
-
 @pytest.mark.parametrize(
-    "attack", [*told(attacks()), *(pytest.param(part, id=name) for name, part in PARTS.items())]
+    "attack", [*attacks(), *(pytest.param(part, id=name) for name, part in PARTS.items())]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_that_works_in_place_is_attacked_like_any_other(attack, scene):
