@@ -1,6 +1,8 @@
 # The commands of the book. Each sets up what it needs in .venv, once.
 
 .DEFAULT_GOAL := help
+# Two targets at a time would install into one environment.
+.NOTPARALLEL:
 .PHONY: help book test lint types unit nbval site notebooks lab mutants bench reproduce clean distclean
 
 PYTHON ?= python3

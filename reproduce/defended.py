@@ -132,8 +132,9 @@ def adapted(defense: nn.Module, x: Tensor, y: Tensor, settings: Settings, seed: 
     Raises:
         ValueError: so many images that the draws of a judge would be those that are measured.
     """
-    if len(x) >= MEASURE - VERIFY:
-        most = MEASURE - VERIFY - 1
+    count = settings.get("verify", 1)
+    most = MEASURE - VERIFY - 10 * (count - 1) - 1
+    if len(x) > most:
         raise ValueError(f"{len(x)} images: of more than {most}, judge and measure share draws")
     module, _, name = settings["call"].rpartition(".")
     function = getattr(importlib.import_module(f"adv.attacks.{module}"), name)
@@ -145,7 +146,6 @@ def adapted(defense: nn.Module, x: Tensor, y: Tensor, settings: Settings, seed: 
     def call(_: nn.Module, x: Tensor, y: Tensor, *, seed: int, **given: Any) -> Tensor:
         judges = [defense]
         if isinstance(defense, DefenseGAN | AnalysisBySynthesis):
-            count = settings.get("verify", 1)
             judges = [defense.reseeded(VERIFY + seed + 10 * k) for k in range(count)]
         model = surrogate(defense, settings, seed)
         options = {"bounds": given["bounds"], "seed": seed, **own}

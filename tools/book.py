@@ -31,6 +31,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
+from adv.lab.files import replacing
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 CELL_TIMEOUT = 600  # seconds
@@ -229,10 +231,8 @@ def store(root: Path, path: Path, notebook: NotebookNode) -> None:
 
 def write(notebook: NotebookNode, file: Path) -> None:
     """Write a notebook that is whole or not there, however the program ends."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.part")
-    nbformat.write(notebook, partial)
-    partial.replace(file)
+    with replacing(file) as draft:
+        nbformat.write(notebook, draft)
 
 
 def seed_cache(folder: Path, notebooks: dict[Path, NotebookNode]) -> None:

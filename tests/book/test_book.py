@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -289,6 +291,13 @@ def test_constraints_pin_every_requirement_once():
     text = (ROOT / "pyproject.toml").read_text()
     wanted = set(re.findall(r'^    "([\w-]+)[><=]', text, flags=re.M))
     assert wanted <= set(names), wanted - set(names)
+
+
+def test_what_is_installed_admits_the_oldest_python():
+    """The first 3.11, which some systems have: a pin may ask for a later patch."""
+    asked = {d.metadata["Name"]: d.metadata.get("Requires-Python") for d in distributions()}
+    late = {name: how for name, how in asked.items() if how and "3.11.0" not in SpecifierSet(how)}
+    assert not late
 
 
 def test_the_api_page_lists_every_module():

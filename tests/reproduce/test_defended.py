@@ -291,6 +291,9 @@ def test_more_images_than_there_are_draws_are_refused():
     x, y = torch.zeros(count, 1, 2, 2), torch.zeros(count, dtype=torch.int64)
     with pytest.raises(ValueError, match="1000 images: of more than 999"):
         defended.adapted(nn.Flatten(), x, y, {"call": "adaptive.latent_walk", "norm": "l2"}, 0)
+    several = {"call": "adaptive.surface_search", "norm": "l2", "verify": 3}
+    with pytest.raises(ValueError, match="985 images: of more than 979"):
+        defended.adapted(nn.Flatten(), x[:985], y[:985], several, 0)
 
 
 def test_points_are_stretched_until_the_judge_is_fooled():

@@ -139,18 +139,6 @@ def test_a_terminal_without_a_table_s_characters_gets_others(monkeypatch):
         print("—")
 
 
-def test_a_folder_may_have_braces(bench, tmp_path):
-    bench.content["networks"]["fcnn"] |= {"seeds": 1}
-    del bench.content["tables"]["3"]["rows"]["nin"]
-    bench.content["tables"]["3"]["columns"].pop("rho1")
-    bench.write()
-    bench.folder = tmp_path / "a {c}"
-    bench.folder.mkdir()
-    bench.write()
-    bench.run("convex-3")
-    assert read(bench.plan().record(Run(DIGITS, "clean")))["values"]["error"] < 0.9
-
-
 # ---------------------------------------------------------------------- dead networks, half tables
 
 
