@@ -69,7 +69,9 @@ class Entry:
 
 def entries(norm: str) -> dict[str, Entry]:
     """The attacks that minimize a norm: ours and those of the libraries."""
-    found = {"pdpgd": Entry(pdpgd, ("adv.attacks.pdpgd.pdpgd",))}
+    code = ("adv.attacks.pdpgd.pdpgd",)
+    found = {"pdpgd": Entry(pdpgd, code)}
+    found["pdpgd.thesis"] = Entry(partial(pdpgd, settings="thesis"), code)
     if norm in ("linf", "l2"):
         found["deepfool"] = Entry(deepfool, ("adv.attacks.boundary.deepfool",), (20,))
     if norm == "l2":

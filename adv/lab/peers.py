@@ -40,6 +40,7 @@ LIBRARIES = ("adv-lib", "adversarial-robustness-toolbox", "foolbox")
 """The packages that the attacks come from."""
 NORMS = ("linf", "l2", "l1", "l0")
 """The norms that attacks minimize."""
+EXPONENT = {"linf": math.inf, "l2": 2, "l1": 1, "l0": 0}
 SEARCHES = 9
 """Weights that Carlini-Wagner and EAD try, as their authors do."""
 SHORT = 200
@@ -89,6 +90,21 @@ def _fab(call: _Call) -> Tensor:
     rounds = max(1, call.steps // ((_classes(call) - 1) * starts))
     p = {"linf": math.inf, "l2": 2.0, "l1": 1.0}[call.norm]
     return _adv_lib(call, "fab", norm=p, n_iter=rounds)
+
+
+def _fmn_adv_lib(call: _Call) -> Tensor:
+    return _adv_lib(call, "fmn", norm=EXPONENT[call.norm], steps=call.steps)
+
+
+def _pdgd(call: _Call) -> Tensor:
+    return _adv_lib(call, "pdgd", num_steps=max(2, call.steps))
+
+
+def _pdpgd(call: _Call) -> Tensor:
+    """Under l0 with the operator of l2/3: adv-lib prefers it, and the source's program has it."""
+    rules = {"proximal_operator": 23} if call.norm == "l0" else {}
+    steps = max(2, call.steps)
+    return _adv_lib(call, "pdpgd", norm=EXPONENT[call.norm], num_steps=steps, **rules)
 
 
 def _alma(call: _Call) -> Tensor:
@@ -182,6 +198,10 @@ PEERS = {
     "ead": _Peer(_ead, ("l1",)),
     "sigma_zero": _Peer(_sigma_zero, ("l0",)),
     "jsma": _Peer(_jsma, ("l0",)),
+    "pdgd": _Peer(_pdgd, ("l2",)),
+    "pdpgd": _Peer(_pdpgd, ("linf", "l2", "l1", "l0")),
+    # Its program for l0 fails where all radii of a batch are 0.
+    "fmn_adv_lib": _Peer(_fmn_adv_lib, ("linf", "l2", "l1")),
 }
 
 
@@ -228,6 +248,9 @@ def attack(
     | ``ead`` | elastic net, Chen et al. (2018) | Foolbox | l1 | steps over 9 weights, 2 forward |
     | ``sigma_zero`` | smoothed count, Cina et al. (2025) | adv-lib | l0 | steps |
     | ``jsma`` | saliency map, Papernot et al. (2016) | ART | l0 | at most steps over all targets |
+    | ``pdgd`` | primal-dual, Matyasko, Chau (2021) | adv-lib | l2 | steps, 2 at least |
+    | ``pdpgd`` | the same, proximal | adv-lib | all four | steps, 2 at least |
+    | ``fmn_adv_lib`` | ``fmn`` as programmed there | adv-lib | linf, l2, l1 | steps |
 
     What these passes come to is measured by ``evaluation.counting(model)`` around the call. While a
     library works, the parameters take no gradients, which would cost it time that our attacks don't

@@ -19,7 +19,7 @@ from adv.lab.evaluation import counting, minimal_norms
 PAIRS = [(name, norm) for norm in ("linf", "l2", "l1", "l0") for name in peers.names(norm)]
 QUICK = [(name, norm) for name, norm in PAIRS if name != "bb"]
 """Brendel-Bethge compiles itself for many seconds a norm."""
-ADV_LIB = ("fab", "alma", "cw", "sigma_zero")
+ADV_LIB = ("fab", "alma", "cw", "sigma_zero", "pdgd", "pdpgd", "fmn_adv_lib")
 
 
 @pytest.fixture(autouse=True)
@@ -67,15 +67,17 @@ class Bent(torch.nn.Module):
 
 
 STEPS = {"fmn": 300, "fab": 50, "alma": 300, "ddn": 300, "cw": 720, "ead": 540, "deepfool": 10}
+STEPS |= {"pdgd": 500, "pdpgd": 500, "fmn_adv_lib": 300}
 LIMIT = {"fmn": 1.001, "fab": 1.01, "alma": 1.2, "ddn": 1.005}
 LIMIT |= {"cw": 1.03, "ead": 1.03, "deepfool": 1.05}
+LIMIT |= {"pdgd": 1.08, "pdpgd": 1.2, "fmn_adv_lib": 1.01}
 """How much longer than the closed form: DeepFool goes 2 % beyond; under l1 ALMA ends 18 % above."""
 
 
 @pytest.mark.parametrize(("name", "norm"), marked(p for p in QUICK if p[1] != "l0"))
 def test_distances_on_an_affine_model_are_those_of_the_closed_form(scene, name, norm):
     model, x, y, exact, _, _ = scene
-    if name in ("alma", "fmn"):
+    if name in ("alma", "fmn", "fmn_adv_lib"):
         model = torch.nn.Sequential(model, Third() if name == "alma" else Bent())
     assert max(exact[norm]) < 0.3, "the box is never met"
     x_adv = peers.attack(name, model, x, y, norm=norm, steps=STEPS[name])
@@ -86,7 +88,8 @@ def test_distances_on_an_affine_model_are_those_of_the_closed_form(scene, name, 
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), marked([("fmn", 300), ("sigma_zero", 300), ("jsma", 1000)])
+    ("name", "steps"),
+    marked([("fmn", 300), ("sigma_zero", 300), ("jsma", 1000), ("pdpgd", 500)]),
 )
 def test_no_count_is_below_the_fewest_values_that_can_do(scene, name, steps):
     model, x, y, _, gap, w = scene
@@ -169,6 +172,9 @@ def test_points_that_tie_are_pushed_on():
             ("sigma_zero", "l0", 40, 40, 40),
             ("ddn", "l2", 40, 40, 40),
             ("ead", "l1", 45, 90, 45),
+            ("pdgd", "l2", 40, 40, 40),
+            ("pdpgd", "linf", 40, 40, 40),
+            ("fmn_adv_lib", "l1", 40, 40, 40),
         ]
     ),
 )
@@ -264,8 +270,8 @@ def test_values_are_compared_on_flat_inputs():
 
 
 def test_names_are_listed_by_norm():
-    assert peers.names("l0") == ("fmn", "bb", "sigma_zero", "jsma")
+    assert peers.names("l0") == ("fmn", "bb", "sigma_zero", "jsma", "pdpgd")
     assert set(peers.names()) == {name for name, _ in PAIRS}
-    assert math.prod(len(peers.names(n)) for n in peers.NORMS) == 4 * 7 * 5 * 4
+    assert math.prod(len(peers.names(n)) for n in peers.NORMS) == 6 * 10 * 7 * 5
     with pytest.raises(ValueError, match="norm is one of 'linf', 'l2', 'l1', 'l0', not 'L2'"):
         peers.names("L2")
