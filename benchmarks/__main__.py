@@ -1,9 +1,9 @@
 """Speed, and strength against cost: ``make bench``.
 
-``python -m benchmarks speed`` or ``strength`` does one of the two. Each row of speed times two ways
-to do the same thing in one run and prints their ratio, because times alone wander with the machine.
-Strength is shown as it is stored; ``--store`` runs what is missing or of older code, which takes
-hours, and rewrites the files in ``reproduce/results/benchmark``.
+``python -m benchmarks speed``, ``strength`` or ``radius`` (at one radius) does one of them.
+Each row of speed times two ways to do the same thing in one run and prints their ratio, because
+times alone wander with the machine. Strength is shown as it is stored; ``--store`` runs what is
+missing or of older code, which takes hours, and rewrites files in ``reproduce/results/benchmark``.
 Nothing here is asserted: tests of speed are not tests of truth.
 """
 
@@ -173,10 +173,25 @@ def contests(given: argparse.Namespace) -> None:
         print(strength.table(content, known).to_string(float_format=lambda v: f"{v:.4g}"))
 
 
+def at_one_radius(*, store: bool) -> None:
+    """Print the table; to ``store`` it, run the attacks that are not stored yet before that."""
+    from benchmarks import radius
+    from reproduce.files import read
+
+    content = radius.contest() if store else read(radius.path())
+    if content is None:
+        print("\nat one radius: nothing stored yet; --store runs it")
+        return
+    print(f"\n{content['network']}, {content['norm']}, radius {content['eps']}, images left")
+    print(radius.table(content).to_string(na_rep="", float_format=lambda v: f"{v:.0f}"))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("speed", "strength"), help="default: both")
+    parser.add_argument(
+        "part", nargs="?", choices=("speed", "strength", "radius"), help="default: all"
+    )
     parser.add_argument("--only", default="", help="networks, separated by commas")
     parser.add_argument("--norms", default="", help="separated by commas")
     parser.add_argument("--budgets", default="", help="passes, separated by commas")
@@ -186,10 +201,12 @@ def main() -> None:
     if not given.store and (given.norms or given.budgets or given.trust):
         parser.error("--norms, --budgets and --trust say what to run: give --store as well")
     with friendly("benchmarks"):
-        if given.part != "strength":
+        if given.part in (None, "speed"):
             speed()
-        if given.part != "speed":
+        if given.part in (None, "strength"):
             contests(given)
+        if given.part in (None, "radius"):
+            at_one_radius(store=given.store)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 
+from adv.attacks.gradient import pgd
 from adv.attacks.pdpgd import pdpgd
 from adv.lab import data, peers, zoo
 from adv.lab.evaluation import minimal_norms
-from benchmarks import strength
+from benchmarks import radius, strength
 from benchmarks.__main__ import main
 from benchmarks.strength import Network, contest, path, table
 
@@ -125,3 +126,31 @@ def test_make_bench_shows_what_is_stored_and_runs_nothing_unasked(raced, monkeyp
     monkeypatch.setattr("sys.argv", ["benchmarks", "strength", "--store", "--only=digits/mlp-24"])
     main()
     assert [one.name for one in given] == [NETWORK.name]
+
+
+def test_at_one_radius_what_is_left_is_what_attacks_leave(tmp_path, monkeypatch, capsys):
+    network, lines = Network("digits/cnn-at", 12), []
+    chosen = {"results": tmp_path, "show": lines.append, "budgets": (20,)}
+    attacks = ("pgd.margin", "pdpgd", "peers.fab")
+    content = radius.contest(network, attacks=attacks, **chosen)
+    rows = {row["attack"]: row for row in content["rows"]}
+    assert tuple(rows) == attacks
+    model, test = zoo.load("digits/cnn-at"), data.load("digits").test
+    x, y = test.x[content["images"]], test.y[content["images"]]
+    norms = minimal_norms(model, x, y, pdpgd, norm="linf", steps=20)
+    assert rows["pdpgd"]["left"] == (norms > 0.2).tolist()
+    points = pgd(model, x, y, eps=0.2, steps=20, loss="margin")
+    assert rows["pgd.margin"]["left"] == (model(points).argmax(1) == y).tolist()
+    assert rows["pgd.margin"]["backward"] == rows["pdpgd"]["backward"] == 20
+    assert radius.table(content).loc["pdpgd", 20] == sum(rows["pdpgd"]["left"])
+    radius.contest(network, attacks=("pdpgd",), **chosen)
+    assert len(lines) == 3, "nothing again"
+    file = radius.path(tmp_path)
+    monkeypatch.setattr(radius, "path", lambda: file)
+    monkeypatch.setattr(radius, "contest", pytest.fail)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "radius"])
+    main()
+    assert "radius 0.2" in capsys.readouterr().out
+    file.unlink()
+    main()
+    assert "nothing stored" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Other libraries' minimal-norm attacks, called as ours are, to be compared with them.
+"""Other libraries' attacks, called as ours are, to be compared with them.
+
+Those that minimize a norm, and, in ``bounded``, the gradient attacks of AutoAttack.
 
 The libraries are imported where an attack is called, so that nothing else needs them. Passes are
 counted from outside, by ``evaluation.counting``, as for every attack.
@@ -34,7 +36,7 @@ from adv.attacks.common import (
 from adv.geometry import norm as length
 from adv.geometry import project
 
-__all__ = ["LIBRARIES", "attack", "names"]
+__all__ = ["LIBRARIES", "attack", "bounded", "names"]
 
 LIBRARIES = ("adv-lib", "adversarial-robustness-toolbox", "foolbox")
 """The packages that the attacks come from."""
@@ -310,7 +312,94 @@ def attack(
     return x_adv
 
 
+def bounded(
+    name: str,
+    model: nn.Module,
+    x: Float[Tensor, "B ..."],
+    y: Int[Tensor, " B"],
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 100,
+    settings: Settings | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int = 0,
+) -> Float[Tensor, "B ..."]:
+    r"""An attack of another library within a radius: the gradient attacks of AutoAttack.
+
+    | name | attack | library | norms | passes for ``steps`` |
+    |---|---|---|---|---|
+    | ``apgd_ce`` | APGD on the cross-entropy, Croce, Hein (2020) | adv-lib | linf, l2 | steps |
+    | ``apgd_t`` | APGD on the targeted DLR, each class | adv-lib | linf, l2 | steps, K-1 runs |
+
+    A run takes one step at least, and a pass more than it has steps. ``apgd_t`` leaves an input
+    alone as soon as one class is reached, and so mostly spends less.
+
+    Args:
+        name: ``"apgd_ce"`` or ``"apgd_t"``.
+        model: ``torch.nn.Module``, (B, ...) -> (B, K); its flags, parameters and gradients stay.
+        x: (B, ...) inputs inside ``bounds``.
+        y: (B,) true labels.
+        eps: radius of the ball, >= 0, in the units of ``x``.
+        norm: the ball: ``"linf"`` or ``"l2"``.
+        steps: the budget of passes, over all runs.
+        settings: the library's own options of the attack, over those set here.
+        bounds: smallest and largest value of an input.
+        seed: of the libraries' random draws; the global random states are left as they were.
+
+    Returns:
+        (B, ...) perturbed inputs, at most ``eps`` away and inside ``bounds``; ``x`` itself where it
+        is adversarial already or nothing was found.
+
+    Raises:
+        ImportError: the library is not installed.
+        TypeError: a model that is no ``torch.nn.Module``, or bad input.
+        ValueError: bad input, an unknown name, a norm that the attack does not have, or too few
+            classes for ``apgd_t``, whose loss compares four logits.
+
+    Source: chapter ``benchmark``.
+    """
+    if name not in BOUNDED or norm not in ("linf", "l2"):
+        raise ValueError(f"{name!r} is not one of {', '.join(BOUNDED)}, or has no norm={norm!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"other libraries need a torch.nn.Module, not a {type(model).__name__}")
+    check_inputs(model, x, y, bounds=bounds, steps=steps, eps=eps)
+    generator(seed)
+    x_adv = x.detach().clone()
+    with eval_mode(model), _frozen(model), _seeded(seed):
+        shown = _Shown(model, x.dtype).eval()
+        with torch.no_grad():
+            open_ = ~is_adversarial(shown(x_adv), y)
+        if open_.any():
+            call = _Call(shown, x_adv[open_], y[open_], norm, steps, bounds, settings or {})
+            with warnings.catch_warnings(), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                found = BOUNDED[name](call, eps / (bounds[1] - bounds[0])).detach()
+            # Single precision may end a rounding outside.
+            delta = project(found - call.x, norm, eps)
+            found = (call.x + delta).clamp(*bounds)
+            with torch.no_grad():
+                hit = is_adversarial(shown(found), call.y)
+            x_adv[open_] = torch.where(expand(hit, found), found, call.x)
+    return x_adv
+
+
 # ---------------------------------------------------------------------------------------- helpers
+
+
+def _apgd_ce(call: _Call, eps: float) -> Tensor:
+    rules = {"loss_function": "ce", "n_iter": max(1, call.steps - 1)}
+    return _adv_lib(call, "apgd", eps=eps, norm=EXPONENT[call.norm], **rules)
+
+
+def _apgd_t(call: _Call, eps: float) -> Tensor:
+    if _classes(call) < 4:
+        raise ValueError("apgd_t's loss compares four logits: it needs 4 classes")
+    rounds = max(1, call.steps // (_classes(call) - 1) - 1)
+    return _adv_lib(call, "apgd_targeted", eps=eps, norm=EXPONENT[call.norm], n_iter=rounds)
+
+
+BOUNDED = {"apgd_ce": _apgd_ce, "apgd_t": _apgd_t}
 
 
 def _look_up(name: str, norm: str) -> _Peer:

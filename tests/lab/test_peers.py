@@ -55,6 +55,13 @@ class Third(torch.nn.Module):
         return torch.nn.functional.pad(logits, (0, 1), value=0.5)
 
 
+class Behind(torch.nn.Module):
+    """Two classes more, behind the others: APGD's targeted loss compares four logits."""
+
+    def forward(self, logits):
+        return torch.nn.functional.pad(logits, (0, 2), value=-30.0)
+
+
 class Bent(torch.nn.Module):
     """Two logits with the same boundary and a curved margin.
 
@@ -275,3 +282,40 @@ def test_names_are_listed_by_norm():
     assert math.prod(len(peers.names(n)) for n in peers.NORMS) == 6 * 10 * 7 * 5
     with pytest.raises(ValueError, match="norm is one of 'linf', 'l2', 'l1', 'l0', not 'L2'"):
         peers.names("L2")
+
+
+@pytest.mark.adv_lib
+@pytest.mark.parametrize("name", peers.BOUNDED)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_within_a_radius_what_is_farther_stays_and_what_is_nearer_falls(scene, name, norm):
+    model, x, y, exact, *_ = scene
+    model = torch.nn.Sequential(model, Behind()).train()
+    eps = float(exact[norm].sort().values[2:4].mean())
+    state = torch.get_rng_state()
+    x_adv = peers.bounded(name, model, x, y, eps=eps, norm=norm, steps=150)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert torch.as_tensor(lengths(x_adv - x, norm)).max() <= eps * (1 + 1e-6)
+    fooled = is_adversarial(model(x_adv), y)
+    assert fooled.tolist() == (exact[norm] < eps).tolist()
+    assert torch.equal(x_adv[~fooled], x[~fooled])
+    with counting(model) as counts:
+        peers.bounded(name, model, x, y, eps=eps / 2, norm=norm, steps=60)
+    assert counts.backward <= 60 * len(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"name": "fab"}, ValueError, "not one of apgd_ce, apgd_t"),
+        ({"norm": "l0"}, ValueError, "has no norm='l0'"),
+        ({"model": lambda x: x}, TypeError, "torch.nn.Module, not a function"),
+        ({}, ValueError, "4 classes"),
+        ({"eps": -1.0}, ValueError, "eps"),
+    ],
+)
+def test_bad_input_within_a_radius_is_refused(scene, change, error, match):
+    model, x, y, *_ = scene
+    given = {"name": "apgd_t", "model": model, "x": x, "y": y, "norm": "l2", "eps": 0.1} | change
+    with pytest.raises(error, match=match):
+        peers.bounded(**given)
