@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -319,7 +319,7 @@ def bounded(
     y: Int[Tensor, " B"],
     *,
     eps: float,
-    norm: str = "linf",
+    norm: Literal["linf", "l2"] = "linf",
     steps: int = 100,
     settings: Settings | None = None,
     bounds: Bounds = (0.0, 1.0),
