@@ -42,7 +42,7 @@ def entries() -> dict[str, Entry]:
         code = ("adv.lab.peers.bounded", f"adv.lab.peers.BOUNDED[{name}]")
         found[name] = Entry(partial(peers.bounded, name), code, BUDGETS)
     code = ("adv.attacks.pdpgd.pdpgd",)
-    found["pdpgd"] = Entry(pdpgd, code, (20, 100, 239, 240, 500, 2000))
+    found["pdpgd"] = Entry(pdpgd, code, (20, 100, 199, 200, 240, 500, 2000))
     found["pdpgd.thesis"] = Entry(partial(pdpgd, settings="thesis"), code, BUDGETS)
     for name in ("pdpgd", "fab"):
         code = ("adv.lab.peers.attack", f"adv.lab.peers.PEERS[{name}]")
