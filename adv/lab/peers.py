@@ -364,7 +364,7 @@ def bounded(
     if not isinstance(model, nn.Module):
         raise TypeError(f"other libraries need a torch.nn.Module, not a {type(model).__name__}")
     check_inputs(model, x, y, bounds=bounds, steps=steps, eps=eps)
-    generator(seed)
+    check_seed(seed)
     x_adv = x.detach().clone()
     with eval_mode(model), _frozen(model), _seeded(seed):
         shown = _Shown(model, x.dtype).eval()
