@@ -486,11 +486,16 @@ def _ranks(search: Search, way: Float[Tensor, "B ..."]) -> tuple[Tensor, Float[T
 
 
 def _misled(search: Search, distances: Float[Tensor, "B C"]) -> Bool[Tensor, " B"]:
-    """Whether nothing near what linearizations promised is across; never if none was tried."""
+    """Whether nothing near what linearizations promised is across; never if none was tried.
+
+    With few passes a sample counts only if something was found, farther: finding a first point
+    from afar is too dear then.
+    """
     best = search.best
     if search.steps < WARY or distances.shape[1] == 1:
         return torch.zeros_like(best.found)
-    return (best.distance > MISLED * distances[:, 0]) | ~best.found
+    misled = (best.distance > MISLED * distances[:, 0]) | ~best.found
+    return misled if search.steps >= AMPLE else misled & best.found
 
 
 def _wide(search: Search) -> Float[Tensor, " B"]:
