@@ -200,12 +200,15 @@ def main() -> None:
     given = parser.parse_args()
     if not given.store and (given.norms or given.budgets or given.trust):
         parser.error("--norms, --budgets and --trust say what to run: give --store as well")
+    chosen = any((given.only, given.norms, given.budgets, given.trust))
+    if given.part == "radius" and chosen:
+        parser.error("of the race at one radius nothing can be chosen but --store")
     with friendly("benchmarks"):
         if given.part in (None, "speed"):
             speed()
         if given.part in (None, "strength"):
             contests(given)
-        if given.part in (None, "radius"):
+        if given.part == "radius" or (given.part is None and not chosen):
             at_one_radius(store=given.store)
 
 

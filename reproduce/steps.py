@@ -78,7 +78,7 @@ def train(plan: Plan, network: Network) -> None:
         images, wanted = pairs.training(used, images, of, network.seed, folder)
         targets = {"targets": wanted}
     loss = _loss(recipe["loss"] | targets, used)
-    # Its name tells apart what fit() does not know: the data, and all of the code.
+    # Its name tells apart what fit() does not know: the recipe, and all the code that a loss calls.
     whole = digest([recipe, made["code"], _which(plan, network)])
     checkpoint = plan.weights(network).with_name(f"checkpoint-{whole}.pt")
     val = source.val if recipe["training"].get("best") else None
@@ -424,7 +424,10 @@ def write_record(
     seconds: float,
     made: dict[str, Any],
 ) -> None:
-    """Write a record with all that tells where its numbers come from: ``made`` is of ``_made``."""
+    """Write a record with all that tells where its numbers come from.
+
+    ``made`` is what ``_made`` returned before the work began.
+    """
     network = subject if isinstance(subject, Network) else subject.network
     names = {"paper": network.paper, "dataset": network.dataset, "model": network.model}
     names |= {"defense": network.defense}

@@ -805,8 +805,8 @@ def surface_search(
     fails.
 
     Args:
-        model: the defense, inputs to (B, K) logits, as the default of ``verify``; what is attacked
-            are the next three.
+        model: the defense, inputs to (B, K) logits: the default of ``verify``. The attack itself
+            goes through ``encode``, ``decode`` and ``classifier``.
         x: (B, ...) inputs inside ``bounds``.
         y: (B,) true labels.
         encode: $z^*$, inputs to (B, k) codes; asked once.

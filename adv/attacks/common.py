@@ -328,8 +328,9 @@ class GradientWatch:
         finite = gradient.isfinite().flatten(1).all(dim=1)
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         self.done |= adversarial
-        self.stuck |= (gradient == 0).flatten(1).all(dim=1) & ~self.done
-        self.broken |= self.stuck & ~finite & ~self.done
+        zero = (gradient == 0).flatten(1).all(dim=1) & ~self.done
+        self.stuck |= zero
+        self.broken |= zero & ~finite
         return gradient
 
     def report(self, attack: str, depth: int = 3) -> None:
