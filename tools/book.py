@@ -36,6 +36,10 @@ from adv.lab.files import replacing
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 CELL_TIMEOUT = 600  # seconds
+# The networks are small: two threads gain a tenth of the time, and lose seven times as much where
+# they wait for each other: another program keeps a core busy, or a container has few of the cores
+# that it sees. Whoever sets the variable gets what it says.
+THREADS = {"OMP_NUM_THREADS": "1"}
 LAUNCH_TAG = "launch"  # the cell that installs adv on Colab and Binder; only in stored notebooks
 
 # What a chapter's outputs depend on beside its own cells.
@@ -161,7 +165,7 @@ def execute(path: Path, *, workdir: Path | None = None) -> tuple[NotebookNode, f
     )
     start = time.perf_counter()
     try:
-        client.execute(env={**os.environ, "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"})
+        client.execute(env={**THREADS, **os.environ, "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0"})
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise failure(path, notebook, error) from None
     seconds = time.perf_counter() - start
