@@ -36,9 +36,9 @@ from adv.lab.files import replacing
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 CELL_TIMEOUT = 600  # seconds
-# The networks are small: two threads gain a tenth of the time, and lose seven times as much where
-# they wait for each other: another program keeps a core busy, or a container has few of the cores
-# that it sees. Whoever sets the variable gets what it says.
+# The networks are small: two threads gain a tenth of the time on a quiet machine, and take seven
+# times as long where they wait for each other: another program keeps a core busy, or a container
+# has few of the cores that it sees. Whoever sets the variable gets what it says.
 THREADS = {"OMP_NUM_THREADS": "1"}
 LAUNCH_TAG = "launch"  # the cell that installs adv on Colab and Binder; only in stored notebooks
 
