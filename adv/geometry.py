@@ -19,6 +19,7 @@ __all__ = [
     "Box",
     "Norm",
     "Penalty",
+    "bounds_slack",
     "dual_exponent",
     "dual_norm",
     "exponent",
@@ -37,6 +38,7 @@ __all__ = [
     "prox_linf",
     "prox_power",
     "room",
+    "rounding",
     "steepest",
 ]
 
@@ -173,6 +175,19 @@ def room(x: Float[Tensor, "B ..."], bounds: tuple[float, float] = (0.0, 1.0)) ->
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be two increasing numbers (low, high), not {bounds!r}")
     return (bounds[0] - x).clamp_max(0), (bounds[1] - x).clamp_min(0)
+
+
+def rounding(bounds: tuple[float, float], dtype: torch.dtype) -> float:
+    """The relative precision of a type times the largest bound (1 if that is less).
+
+    A value within the bounds, or a sum of such values, is rounded by half of it at most.
+    """
+    return torch.finfo(dtype).eps * max(1.0, *map(abs, bounds))
+
+
+def bounds_slack(bounds: tuple[float, float], dtype: torch.dtype) -> float:
+    """How far outside the bounds a value may lie: 1e-6, or four roundings where these are more."""
+    return max(1e-6, 4 * rounding(bounds, dtype))
 
 
 def project(

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from adv.attacks.gradient import pgd
 from adv.attacks.pdpgd import pdpgd
-from adv.lab import data, device, peers, zoo
+from adv.lab import peers
 from adv.lab.evaluation import counting, minimal_norms, perturb, success
-from benchmarks.strength import RESULTS, SEED, Entry, Network
+from benchmarks.strength import RESULTS, SEED, Entry, Network, scene
 from reproduce.files import read, write_json
 from reproduce.origin import provenance
 from reproduce.versions import digest
@@ -77,19 +76,8 @@ def contest(
         ``left`` (for each image whether the network still reads it correctly) and the ``forward``
         and ``backward`` passes for an attacked image.
     """
-    source = zoo.entry(network.name)
-    test = data.load(source.data).test
-    index = torch.arange(network.samples) * len(test) // network.samples
-    some, model = test[index].to(device()), zoo.load(network.name, device=device())
-    origin = {
-        "network": network.name,
-        "weights": source.record["sha256"],
-        "data": source.data,
-        "images": index.tolist(),
-        "seed": SEED,
-        "norm": NORM,
-        "eps": EPS,
-    }
+    model, some, origin = scene(network)
+    origin |= {"norm": NORM, "eps": EPS}
     content = read(path(results)) or {}
     same = all(content.get(key) == value for key, value in origin.items())
     kept = {(row["steps"], row["attack"]): row for row in content["rows"]} if same else {}

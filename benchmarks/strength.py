@@ -31,7 +31,7 @@ from reproduce.origin import provenance
 from reproduce.plan import ROOT
 from reproduce.versions import digest
 
-__all__ = ["NETWORKS", "NORMS", "contest", "networks", "path", "table"]
+__all__ = ["NETWORKS", "NORMS", "contest", "networks", "path", "scene", "table"]
 
 RESULTS = ROOT / "reproduce" / "results"
 NORMS = ("linf", "l2", "l1", "l0")
@@ -131,18 +131,7 @@ def contest(
     """
     refuse_unknown(norms, NORMS, "norm")
     refuse_unknown(map(str, budgets), map(str, BUDGETS), "budget")
-    source = zoo.entry(network.name)
-    test = data.load(source.data).test
-    count = min(network.samples, len(test))
-    index = torch.arange(count) if network.first else torch.arange(count) * len(test) // count
-    some, model = test[index].to(device()), zoo.load(network.name, device=device())
-    origin = {
-        "network": network.name,
-        "weights": source.record["sha256"],
-        "data": source.data,
-        "images": index.tolist(),
-        "seed": SEED,
-    }
+    model, some, origin = scene(network)
     kept = _stored(path(network.name, results), origin)
     content: dict[str, Any] = {}
     for key, entry in _wanted(norms, budgets, attacks):
@@ -155,6 +144,22 @@ def contest(
         write_json(path(network.name, results), content)
         show(_line(network.name, kept[key]))
     return content or read(path(network.name, results)) or {}
+
+
+def scene(network: Network) -> tuple[nn.Module, data.Split, dict[str, Any]]:
+    """A network of the zoo, the test images for it, and what a file says of both."""
+    source = zoo.entry(network.name)
+    test = data.load(source.data).test
+    count = min(network.samples, len(test))
+    index = torch.arange(count) if network.first else torch.arange(count) * len(test) // count
+    origin = {
+        "network": network.name,
+        "weights": source.record["sha256"],
+        "data": source.data,
+        "images": index.tolist(),
+        "seed": SEED,
+    }
+    return zoo.load(network.name, device=device()), test[index].to(device()), origin
 
 
 def table(content: Mapping[str, Any], optima: Mapping[str, Any] | None = None) -> pd.DataFrame:

@@ -41,6 +41,17 @@ def lengths(delta, norm):
     return np.linalg.norm(delta.flatten(1).numpy(), EXPONENTS.get(norm, norm), axis=1)
 
 
+class Stretch(nn.Module):
+    """A layer that may work in place, and not idempotent: to apply it twice shows."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x):
+        return x.sub_(0.4).mul_(2.0) if self.in_place else (x - 0.4) * 2.0
+
+
 # ------------------------------------------------------------------------------------ all attacks
 
 

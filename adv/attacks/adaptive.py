@@ -48,6 +48,7 @@ from adv.attacks.common import (
     recording,
     settled,
 )
+from adv.attacks.penalty import GROWTH, HEAVIEST
 from adv.geometry import norm as norm_of
 
 __all__ = [
@@ -80,10 +81,6 @@ Explain = Callable[[Tensor], tuple[Tensor, Tensor]]
 Decode = Callable[[Tensor], Tensor]
 """Codes to the inputs that a generator makes of them."""
 
-GROWTH = 10.0
-"""Factor of a weight that has failed, as long as none has succeeded."""
-HEAVIEST = 1e15
-"""Where weights stop growing: squares of gradients so much larger would overflow in float32."""
 AT_ONCE = 2**21
 """How many values of random points a guess of a gradient sends through a model at once."""
 

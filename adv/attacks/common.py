@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adv.geometry import bounds_slack
+
 Bounds = tuple[float, float]
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -194,8 +196,8 @@ def input_gradient(
         ValueError: the objective did not return one value for each sample.
     """
     with recording():
-        z = plain(x).requires_grad_()
-        value = objective(z.clone())  # which a layer may change in place
+        z, given = leaf(x)
+        value = objective(given)
         if value.shape != x.shape[:1]:
             raise ValueError(
                 f"the objective must return shape ({len(x)},), one value for each sample, "
@@ -244,8 +246,8 @@ def class_gradients(
         Logits (B, K) and Jacobian (B, K, ...), both detached; zero where no graph leads back to x.
     """
     with recording():
-        z = plain(x).requires_grad_()
-        logits = model(z.clone())
+        z, given = leaf(x)
+        logits = model(given)
         unit = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         rows = unit[:, None].expand(-1, len(z), -1)
         blocks = rows.split(max(1, AT_ONCE // max(1, z.numel())))
@@ -630,19 +632,6 @@ def check_outputs(
         )
     if not bool(y.isfinite().all()):
         raise ValueError("y is not finite")
-
-
-def rounding(bounds: Bounds, dtype: torch.dtype) -> float:
-    """The relative precision of a type times the largest bound (1 if that is less).
-
-    A value within the bounds, or a sum of such values, is rounded by half of it at most.
-    """
-    return torch.finfo(dtype).eps * max(1.0, *map(abs, bounds))
-
-
-def bounds_slack(bounds: Bounds, dtype: torch.dtype) -> float:
-    """How far outside the bounds a value may lie: 1e-6, or four roundings where these are more."""
-    return max(1e-6, 4 * rounding(bounds, dtype))
 
 
 def check_range(x: Float[Tensor, "B ..."], bounds: Bounds) -> None:

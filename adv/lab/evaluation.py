@@ -28,16 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adv.attacks.common import (
     Bounds,
     Model,
-    bounds_slack,
     check_count,
     check_labels,
     check_range,
     input_gradient,
     is_adversarial,
     networks,
-    rounding,
 )
-from adv.geometry import Norm, exponent, pixels
+from adv.geometry import Norm, bounds_slack, exponent, pixels, rounding
 from adv.geometry import norm as length
 from adv.lab.figures import curve
 

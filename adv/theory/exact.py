@@ -36,7 +36,7 @@ from scipy import sparse
 from scipy.optimize import LinearConstraint, OptimizeResult, milp, nnls
 from torch import Tensor, nn
 
-from adv.geometry import linear_oracle
+from adv.geometry import bounds_slack, linear_oracle
 
 __all__ = ["SAFETY", "Exact", "Kind", "minimal_perturbation"]
 
@@ -228,8 +228,7 @@ def _question(model: nn.Module, x: Tensor, norm: Kind, bounds: tuple[float, floa
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x is a floating-point tensor, not {given}")
     low, high = bounds
-    # 1e-6, or four roundings of the larger bound where these are more
-    slack = max(1e-6, 4 * torch.finfo(x.dtype).eps * max(abs(low), abs(high)))
+    slack = bounds_slack(bounds, x.dtype)
     if x.numel() == 0 or not bool(((x >= low - slack) & (x <= high + slack)).all()):
         raise ValueError(f"x has values, all of them within the bounds [{low:g}, {high:g}]")
     if not isinstance(model, nn.Module):

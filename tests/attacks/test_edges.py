@@ -4,18 +4,17 @@ What is here went wrong silently, or far from its cause, on inputs that are rare
 """
 
 import copy
-import importlib
 import inspect
 import math
-import pkgutil
 import warnings
 from functools import partial
 
+import helpers
 import pytest
 import torch
+from helpers import Stretch
 from torch import nn
 
-import adv.attacks
 from adv.attacks._search import Search
 from adv.attacks._size import size_of
 from adv.attacks.adaptive import WarmStart, _reweighed, distortion_search, implicit_gradient
@@ -30,17 +29,12 @@ from adv.geometry import linear_oracle, norm, pixels, room
 
 
 def attacks():
-    """All that take a model, inputs, what to aim at, and at most a radius."""
-    for info in pkgutil.iter_modules(adv.attacks.__path__):
-        module = importlib.import_module(f"adv.attacks.{info.name}")
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            given = inspect.signature(function).parameters
-            needed = {key for key, value in given.items() if value.default is value.empty}
-            if name.startswith("_") or function.__module__ != module.__name__:
-                continue
-            allowed = {"bounds", "seed"} <= set(given) and needed <= {"model", "x", "y", "eps"}
-            if allowed and "model" in given:
-                yield pytest.param(function, id=name)
+    """Those that need a model, inputs, what to aim at, at most a radius, and nothing else."""
+    for param in helpers.attacks():
+        given = inspect.signature(param.values[0]).parameters
+        needed = {key for key, value in given.items() if value.default is value.empty}
+        if "model" in given and needed <= {"model", "x", "y", "eps"}:
+            yield param
 
 
 def call(attack, model, x, y, **more):
@@ -242,17 +236,6 @@ def test_labels_told_to_a_manifold_may_come_from_inference(scene):
 
 
 # --------------------------------------------------------------------------- models with habits
-
-
-class Stretch(nn.Module):
-    """Not idempotent: whoever applies it to the same tensor twice is found out."""
-
-    def __init__(self, in_place):
-        super().__init__()
-        self.in_place = in_place
-
-    def forward(self, x):
-        return x.sub_(0.4).mul_(2.0) if self.in_place else (x - 0.4) * 2.0
 
 
 PARTS = {

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import Stretch
 from torch import nn
 
 from adv.defenses.adversarial import joint, trades, vat, virtual_direction
@@ -19,17 +20,6 @@ from adv.lab.data import Split
 from adv.lab.duel import fit_critic
 from adv.lab.generative import gradient_penalty
 from adv.lab.training import reconstruction
-
-
-class Stretch(nn.Module):
-    """Not idempotent: whoever applies it to the same tensor twice is found out."""
-
-    def __init__(self, in_place):
-        super().__init__()
-        self.in_place = in_place
-
-    def forward(self, x):
-        return x.sub_(0.4).mul_(2.0) if self.in_place else (x - 0.4) * 2.0
 
 
 def itself(model, x, y, *, seed):
