@@ -83,7 +83,7 @@ def reconstruct(
     check_labels(x, y)
     with torch.no_grad(), eval_mode(manifold):  # type: ignore[arg-type]
         z = _encode(manifold, x.detach(), y)
-        return manifold.decode(z, y).clamp(*bounds)
+        return _image(manifold, z, y, bounds)
 
 
 def latent_fgsm(
@@ -279,26 +279,31 @@ def latent_noise(
 
 def _through(model: Model, manifold: Manifold, y: Tensor, bounds: Bounds) -> Model:
     """The classifier as a function of the code."""
-    return lambda z: model(manifold.decode(z, plain(y)).clamp(*bounds))
+    return lambda z: model(_image(manifold, z, plain(y), bounds))
 
 
 def _decode(manifold: Manifold, z: Tensor, y: Tensor, bounds: Bounds) -> Tensor:
     with torch.no_grad():
-        return manifold.decode(z, y).clamp(*bounds)
+        return _image(manifold, z, y, bounds)
+
+
+def _image(manifold: Manifold, z: Tensor, y: Tensor, bounds: Bounds) -> Tensor:
+    """The image of a code, in the code's precision: under ``torch.autocast`` it comes in less."""
+    return manifold.decode(z, y).to(z.dtype).clamp(*bounds)
 
 
 def _encode(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
-    """The codes, after a look at what the manifold makes of them."""
+    """The codes, in the inputs' precision, after a look at what the manifold makes of them."""
     with torch.no_grad():
         z = manifold.encode(x, y)
         again = manifold.decode(z[:1], y[:1])
     if z.ndim != 2 or len(z) != len(x) or not z.is_floating_point():
         raise ValueError(f"encode() must return {len(x)} codes (B, k), not {tuple(z.shape)}")
-    if again.shape != x[:1].shape or again.dtype != x.dtype:
+    if again.shape != x[:1].shape or not again.is_floating_point():
         raise ValueError(
-            f"decode() must return inputs, {x.dtype} of shape {tuple(x[:1].shape)}, "
+            f"decode() must return inputs, floats of shape {tuple(x[:1].shape)}, "
             f"not {again.dtype} of {tuple(again.shape)}"
         )
     if not bool(z.isfinite().all()) or not bool(again.isfinite().all()):
         raise ValueError("the manifold's codes or images are not finite")
-    return z
+    return z.to(x.dtype)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from adv.attacks.common import GradientMaskingWarning, margin
 from adv.attacks.latent import latent_fgsm, latent_noise, latent_pgd, reconstruct
 from adv.defenses.adversarial import adversarial_loss, joint
-from adv.lab import data, zoo
+from adv.lab import data, training, zoo
 from adv.lab.generative import VAEManifold
 
 NORMS = {"linf": 1, "l2": 2, 3.0: 1.5}  # and the dual exponents
@@ -347,7 +347,7 @@ class Wrong:
 
     def decode(self, z, y):
         image = torch.ones(len(z), 9, dtype=torch.float64)
-        wrong = {"shape": image[:, :8], "dtype": image.float(), "infinite": image / 0}
+        wrong = {"shape": image[:, :8], "dtype": image.int(), "infinite": image / 0}
         return wrong.get(self.fault, image)
 
 
@@ -369,6 +369,28 @@ def test_bad_manifolds(scene, fault, says):
             attack(model, x, y, manifold=Wrong(fault), eps=0.1)
     with pytest.raises(ValueError, match=says):
         reconstruct(x, y, manifold=Wrong(fault))
+
+
+@pytest.mark.parametrize("attack", [latent_fgsm, latent_pgd, latent_noise])
+def test_under_autocast_images_keep_the_precision_of_the_inputs(digits, attack):
+    model, x, y, manifold = digits
+    exact = attack(model, x, y, manifold=manifold, eps=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert manifold.decode(manifold.encode(x, y), y).dtype == torch.bfloat16
+        mixed = attack(model, x, y, manifold=manifold, eps=0.5)
+        again = reconstruct(x, y, manifold=manifold)
+    assert mixed.dtype == again.dtype == x.dtype
+    # A sign that flips moves a code by twice the radius: few of them do.
+    assert ((mixed - exact).abs() < 0.05).float().mean() > 0.9
+
+
+def test_joint_training_in_mixed_precision(digits):
+    model, x, y, manifold = digits
+    latent = {"attack": "latent_fgsm", "eps": 0.5, "manifold": manifold}
+    loss = joint([{"attack": "pgd", "eps": 0.1, "steps": 2}, latent])
+    exact, mixed = (f(model, x, y) for f in (loss, training.mixed(loss)))
+    assert mixed.dtype == torch.float32
+    assert mixed.item() == pytest.approx(exact.item(), rel=0.05)
 
 
 def test_a_manifold_may_be_a_module_or_not(digits):
