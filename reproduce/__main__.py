@@ -42,6 +42,10 @@ def make(given: argparse.Namespace) -> int:
     tasks = plan.tasks(items)
     print(report(plan, items, tasks), flush=True)
     with place(plan.work, given.dry) as (folder, locks):
+        if not given.dry:
+            for task in tasks:  # points that a killed run left may be of other settings
+                if isinstance(task.subject, Run):
+                    plan.points(task.subject).unlink(missing_ok=True)
         line = command(plan, items, tasks, given, folder)
         status = launch(line, locks)
     if status == 0 and not given.dry:
@@ -90,7 +94,7 @@ def command(
     forced = [plan.output(item) for item in items]
     for task in tasks:
         forced.append(plan.record(task.subject))
-        if isinstance(task.subject, Run):  # points that a killed run left may be of other settings
+        if isinstance(task.subject, Run):  # before a dry run they may still be there
             forced.append(plan.points(task.subject))
     line += ["--forcerun", *(str(path) for path in forced if path.is_file())]
     # Snakemake reads a value as YAML, in which " #" and ": " mean something, and quotes it for the

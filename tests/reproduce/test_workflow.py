@@ -35,6 +35,7 @@ def kill_in_training(bench, folder):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert list(folder.glob("checkpoint-*.pt")), "a training that saved something in two minutes"
 
 
 def test_a_table_from_nothing_in_spite_of_a_kill_and_then_only_what_changed(bench):
@@ -46,7 +47,6 @@ def test_a_table_from_nothing_in_spite_of_a_kill_and_then_only_what_changed(benc
     (run,) = plan.wanted(item.cells["fcnn", "rho1"])
     weights = plan.weights(run.network)
     kill_in_training(bench, weights.parent)
-    assert list(weights.parent.glob("checkpoint-*.pt"))
     assert not weights.exists()
     assert not records(plan)
 
@@ -76,6 +76,19 @@ def test_a_table_from_nothing_in_spite_of_a_kill_and_then_only_what_changed(benc
     (old, _), (new, _) = table["rows"], read(plan.output(item))["rows"]
     assert new["values"]["test-error"] == old["values"]["test-error"]
     assert new["values"]["rho1"] > old["values"]["rho1"]
+
+    # What a training is to replace stays until it is done.
+    kept = {path: path.read_bytes() for path in [*records(plan), weights]}
+    bench.content["networks"]["fcnn"]["training"]["epochs"] = 401
+    bench.write()
+    kill_in_training(bench, weights.parent)
+    assert {path: path.read_bytes() for path in kept if path.exists()} == kept
+    bench.run("convex-3")
+    assert [read(path)["settings"]["training"]["training"]["epochs"] for path in records(plan)] == [
+        401
+    ] * 3
+    assert not [path for path, old in kept.items() if path.read_bytes() == old]
+    assert not list(plan.work.glob("**/*.pt"))
 
 
 def test_unknown_names_are_refused(bench):
