@@ -10,6 +10,8 @@ Nothing here is asserted: tests of speed are not tests of truth.
 import argparse
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +77,9 @@ def rows(place: torch.device) -> Iterator[Row]:
         yield (
             f"l1 ball and box, 256 x {d}",
             "exact",
-            lambda u=u, box=box: geometry.project(u, "l1", 2.0, box=box),
+            partial(geometry.project, u, "l1", 2.0, box=box),
             "60 bisections",
-            lambda u=u, box=box: by_bisection(u, 2.0, box),
+            partial(by_bisection, u, 2.0, box),
         )
     nets = {
         "digits/cnn, 200 digits": (zoo.load("digits/cnn", device=place), (200, 1, 8, 8)),
@@ -92,21 +94,22 @@ def rows(place: torch.device) -> Iterator[Row]:
         yield (
             f"Jacobian, {name}",
             "batched",
-            lambda net=net, z=z: class_gradients(net, z),
+            partial(class_gradients, net, z),
             "a loop over classes",
-            lambda net=net, z=z: one_class_at_a_time(net, z),
+            partial(one_class_at_a_time, net, z),
         )
         labels = torch.arange(len(z), device=place) % 10
-        for other, loss in (
-            ("all classes in a loop", margin_by_loop),
-            ("plain hinge", margin.hinge),
-        ):
+        ways: dict[str, Callable[..., Tensor]] = {
+            "all classes in a loop": margin_by_loop,
+            "plain hinge": margin.hinge,
+        }
+        for other, loss in ways.items():
             yield (
                 f"margin loss, {name}",
                 "one row recorded",
-                lambda net=net, z=z, y=labels: slopes(priced, net, z, y),
+                partial(slopes, priced, net, z, labels),
                 other,
-                lambda net=net, z=z, y=labels, loss=loss: slopes(loss, net, z, y),
+                partial(slopes, loss, net, z, labels),
             )
     for name, shape in (("lenet5-wide", (100, 1, 28, 28)), ("nin", (32, 3, 32, 32))):
         net, z = models.build(name, seed=0).to(place), torch.rand(shape, device=place)
@@ -115,9 +118,9 @@ def rows(place: torch.device) -> Iterator[Row]:
             yield (
                 f"{what}, {name}, {len(z)}",
                 "mixed precision",
-                lambda net=net, z=z, y=labels, loss=loss: slopes(mixed(loss), net, z, y),
+                partial(slopes, mixed(loss), net, z, labels),
                 "float32",
-                lambda net=net, z=z, y=labels, loss=loss: slopes(loss, net, z, y),
+                partial(slopes, loss, net, z, labels),
             )
     net, digits = zoo.load("digits/cnn", device=place), data.load("digits").test
     x, y = digits.x[:200].to(place), digits.y[:200].to(place)
@@ -155,9 +158,10 @@ def contests(given: argparse.Namespace) -> None:
 
     networks = {network.name: network for network in strength.networks()}
     refuse_unknown(listed(given.only), networks, "network")
-    chosen = {"norms": listed(given.norms), "budgets": tuple(map(int, listed(given.budgets)))}
+    chosen: dict[str, Any] = {"norms": listed(given.norms)}
+    chosen["budgets"] = tuple(map(int, listed(given.budgets)))
     chosen = {name: value for name, value in chosen.items() if value}
-    for network in map(networks.get, listed(given.only) or networks):
+    for network in map(networks.__getitem__, listed(given.only) or networks):
         content = (
             strength.contest(network, trust=given.trust, **chosen)
             if given.store

@@ -37,6 +37,7 @@ def entries() -> dict[str, Entry]:
     found = {}
     for loss in ("ce", "margin"):
         found[f"pgd.{loss}"] = Entry(partial(_pgd, loss=loss), ("benchmarks.radius._pgd",), BUDGETS)
+    code: tuple[str, ...]
     for name in peers.BOUNDED:
         code = ("adv.lab.peers.bounded", f"adv.lab.peers.BOUNDED[{name}]")
         found[name] = Entry(partial(peers.bounded, name), code, BUDGETS)

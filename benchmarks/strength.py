@@ -69,7 +69,7 @@ class Entry:
 
 def entries(norm: str) -> dict[str, Entry]:
     """The attacks that minimize a norm: ours and those of the libraries."""
-    code = ("adv.attacks.pdpgd.pdpgd",)
+    code: tuple[str, ...] = ("adv.attacks.pdpgd.pdpgd",)
     found = {"pdpgd": Entry(pdpgd, code)}
     found["pdpgd.thesis"] = Entry(partial(pdpgd, settings="thesis"), code)
     if norm in ("linf", "l2"):

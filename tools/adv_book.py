@@ -122,7 +122,7 @@ def uses(env: BuildEnvironment) -> dict[str, list[tuple[str, str, str]]]:
     """Per page: (label of the theorem, anchor of the place that refers to it, its title)."""
     if not hasattr(env, "adv_theorem_uses"):
         env.adv_theorem_uses = {}  # type: ignore[attr-defined]
-    return env.adv_theorem_uses  # type: ignore[attr-defined,no-any-return]
+    return env.adv_theorem_uses  # type: ignore[attr-defined]
 
 
 def titled_section(node: nodes.Node) -> nodes.section | None:
