@@ -19,7 +19,7 @@ from adv.attacks.pdpgd import pdpgd
 from adv.lab import peers
 from adv.lab.evaluation import counting, minimal_norms, perturb, success
 from benchmarks.strength import RESULTS, SEED, Entry, Network, scene
-from reproduce.files import read, write_json
+from reproduce.files import held, read, write_json
 from reproduce.origin import provenance
 from reproduce.versions import digest
 
@@ -79,19 +79,19 @@ def contest(
     """
     model, some, origin = scene(network)
     origin |= {"norm": NORM, "eps": EPS}
-    content = read(path(results)) or {}
-    same = all(content.get(key) == value for key, value in origin.items())
-    kept = {(row["steps"], row["attack"]): row for row in content["rows"]} if same else {}
+    file, content = path(results), dict[str, Any]()
     for steps, name, entry in _wanted(budgets, attacks):
-        code = "-".join(map(digest, entry.code))
+        code, kept = "-".join(map(digest, entry.code)), _stored(file, origin)
         if (steps, name) in kept and kept[steps, name]["code"] == code:
             continue
-        row = {"steps": steps, "attack": name, "code": code}
-        kept[steps, name] = row | _measure(model, some.x, some.y, entry.attack, steps)
-        content = origin | provenance(packages=peers.LIBRARIES) | {"rows": list(kept.values())}
-        write_json(path(results), content)
-        show(f"{name:<14} {steps:>5} steps  {sum(kept[steps, name]['left']):>4} left")
-    return content
+        row: dict[str, Any] = {"steps": steps, "attack": name, "code": code}
+        row |= _measure(model, some.x, some.y, entry.attack, steps)
+        with held(file):  # another process may have added rows meanwhile
+            rows = list((_stored(file, origin) | {(steps, name): row}).values())
+            content = origin | provenance(packages=peers.LIBRARIES) | {"rows": rows}
+            write_json(file, content)
+        show(f"{name:<14} {steps:>5} steps  {sum(row['left']):>4} left")
+    return content or read(file) or {}
 
 
 def table(content: dict[str, Any]) -> pd.DataFrame:
@@ -112,6 +112,13 @@ def _pgd(
     """Runs of a hundred steps or a little more, or one shorter one."""
     restarts = max(1, steps // RUN)
     return pgd(model, x, y, eps=eps, steps=steps // restarts, restarts=restarts, **options)
+
+
+def _stored(file: Path, origin: dict[str, Any]) -> dict[tuple[int, str], dict[str, Any]]:
+    """The stored rows of this network, these images and this radius."""
+    content = read(file) or {}
+    same = all(content.get(key) == value for key, value in origin.items())
+    return {(row["steps"], row["attack"]): row for row in content["rows"]} if same else {}
 
 
 def _wanted(budgets: tuple[int, ...], attacks: tuple[str, ...]) -> Iterator[tuple[int, str, Entry]]:

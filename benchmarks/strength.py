@@ -25,7 +25,7 @@ from adv.attacks.pdpgd import pdpgd
 from adv.attacks.penalty import carlini_wagner
 from adv.lab import data, device, peers, zoo
 from adv.lab.evaluation import counting, minimal_norms
-from reproduce.files import read, write_json
+from reproduce.files import held, read, write_json
 from reproduce.options import refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
@@ -132,18 +132,19 @@ def contest(
     refuse_unknown(norms, NORMS, "norm")
     refuse_unknown(map(str, budgets), map(str, BUDGETS), "budget")
     model, some, origin = scene(network)
-    kept = _stored(path(network.name, results), origin)
-    content: dict[str, Any] = {}
+    file, content = path(network.name, results), dict[str, Any]()
     for key, entry in _wanted(norms, budgets, attacks):
-        code = "-".join(map(digest, entry.code))
+        code, kept = "-".join(map(digest, entry.code)), _stored(file, origin)
         if key in kept and (trust or kept[key]["code"] == code):
             continue
-        kept[key] = dict(zip(("norm", "steps", "attack"), key, strict=True)) | {"code": code}
-        kept[key] |= _measure(model, some.x, some.y, entry.attack, key[0], key[1])
-        content = origin | provenance(packages=peers.LIBRARIES) | {"rows": list(kept.values())}
-        write_json(path(network.name, results), content)
-        show(_line(network.name, kept[key]))
-    return content or read(path(network.name, results)) or {}
+        row = dict(zip(("norm", "steps", "attack"), key, strict=True)) | {"code": code}
+        row |= _measure(model, some.x, some.y, entry.attack, key[0], key[1])
+        with held(file):  # another process may have added rows meanwhile
+            rows = list((_stored(file, origin) | {key: row}).values())
+            content = origin | provenance(packages=peers.LIBRARIES) | {"rows": rows}
+            write_json(file, content)
+        show(_line(network.name, row))
+    return content or read(file) or {}
 
 
 def scene(network: Network) -> tuple[nn.Module, data.Split, dict[str, Any]]:
@@ -163,7 +164,7 @@ def scene(network: Network) -> tuple[nn.Module, data.Split, dict[str, Any]]:
 
 
 def table(content: Mapping[str, Any], optima: Mapping[str, Any] | None = None) -> pd.DataFrame:
-    """Mean and median distance of the fooled, their share, the cost, and the gap to the optima.
+    """Mean distance of the fooled, median of all attacked, the cost, and the gap to the optima.
 
     Args:
         content: what ``contest`` returned.

@@ -10,7 +10,7 @@ today are kept.
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adv.lab.training import DivergenceError
 from adv.theory.sensing import FourierSignals, gaussian_encoder, matched
-from reproduce.files import read, write_json
+from reproduce.files import held, read, write_json
 from reproduce.options import friendly, listed, refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
@@ -148,23 +148,29 @@ def run(recipes: Sequence[str], seeds: int, results: Path) -> None:
         ValueError: an unknown recipe.
     """
     refuse_unknown(recipes, RECIPES, "recipe")
-    stored = read(results) or {}
     origin = {"code": {CODE: digest(CODE)}} | provenance(place=torch.device("cpu"))
-    rows = stored.get("rows", []) if stored.get("code") == origin["code"] else []
     for name in recipes:
         recipe = asdict(RECIPES[name])
         recipe["amplitudes"] = list(recipe["amplitudes"])
         for seed in range(seeds):
             key = {"recipe": name, "settings": recipe, "seed": seed}
-            if any(key.items() <= row.items() for row in rows):
+            if any(key.items() <= row.items() for row in _stored(results, origin)):
                 continue
             start = time.process_time()
             measured = distill(RECIPES[name], seed)
             seconds = {"seconds": round(time.process_time() - start, 1)}
-            rows = [row for row in rows if (row["recipe"], row["seed"]) != (name, seed)]
-            rows.append(key | measured | seconds)
-            write_json(results, origin | {"rows": rows})
+            with held(results):  # another process may have added rows meanwhile
+                rows = _stored(results, origin)
+                rows = [row for row in rows if (row["recipe"], row["seed"]) != (name, seed)]
+                rows.append(key | measured | seconds)
+                write_json(results, origin | {"rows": rows})
             print(name, seed, measured["values"], measured["error"], flush=True)
+
+
+def _stored(results: Path, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that today's code computed."""
+    stored = read(results) or {}
+    return stored["rows"] if stored.get("code") == origin["code"] else []
 
 
 def main(arguments: list[str] | None = None) -> None:

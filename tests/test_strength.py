@@ -55,6 +55,17 @@ def test_a_stopped_race_goes_on_and_other_code_runs_again(raced):
     assert len(lines) == 5, "other images, all anew"
 
 
+def test_rows_that_others_add_meanwhile_stay(tmp_path):
+    given = {"norms": ("l2",), "budgets": (20,), "results": tmp_path}
+
+    def another(line):
+        if line.split()[2] == "pdpgd":
+            contest(NETWORK, attacks=("deepfool",), show=str, **given)
+
+    content = contest(NETWORK, attacks=("pdpgd", "peers.ddn"), show=another, **given)
+    assert {row["attack"] for row in content["rows"]} == {"pdpgd", "deepfool", "peers.ddn"}
+
+
 def test_the_table_counts_only_what_was_attacked():
     row = {"norm": "l2", "attack": "some", "steps": 20, "forward": 1, "backward": 1, "cost": 1}
     rows = [row | {"norms": [0.0, 0.2, 0.6, None]}]

@@ -82,3 +82,16 @@ def test_an_unknown_recipe_is_told_before_anything_is_computed(tmp_path, compute
     with pytest.raises(SystemExit, match=r"^reproduce\.distillation: no recipe none; there are"):
         distillation.main(["--recipes=table,none", f"--results={tmp_path / 'table.json'}"])
     assert not computed
+
+
+def test_rows_that_others_add_meanwhile_stay(tmp_path, monkeypatch):
+    file = tmp_path / "table.json"
+
+    def interrupted(recipe, _seed):
+        if recipe == RECIPES["table"]:
+            distillation.run(["strong attack"], 1, file)
+        return {"values": {}, "error": {}}
+
+    monkeypatch.setattr(distillation, "distill", interrupted)
+    distillation.run(["table"], 1, file)
+    assert [row["recipe"] for row in read(file)["rows"]] == ["strong attack", "table"]
