@@ -92,10 +92,7 @@ def command(
     line += ["--rerun-triggers", "input", "--rerun-incomplete", "--nolock"]
     there = [name for name in plan.mentioned() if plan.available(name)]
     forced = [plan.output(item) for item in items]
-    for task in tasks:
-        forced.append(plan.record(task.subject))
-        if isinstance(task.subject, Run):  # before a dry run they may still be there
-            forced.append(plan.points(task.subject))
+    forced += [plan.record(task.subject) for task in tasks]
     line += ["--forcerun", *(str(path) for path in forced if path.is_file())]
     # Snakemake reads a value as YAML, in which " #" and ": " mean something, and quotes it for the
     # shell of each step as Python does: so a folder goes without such characters.
