@@ -81,6 +81,7 @@ class Bench:
 
     def __init__(self, folder):
         self.folder = folder
+        folder.mkdir()
         self.content = copy.deepcopy(SETTINGS)
         self.write()
 
@@ -107,7 +108,10 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path):
-    folder = tmp_path / "it's #1: {a} $b"  # what YAML, Snakemake or a shell could take amiss
-    folder.mkdir()
-    return Bench(folder)
+def bench_folder(tmp_path):
+    return tmp_path / "it's #1: {a} $b"  # what YAML, Snakemake or a shell could take amiss
+
+
+@pytest.fixture
+def bench(bench_folder):
+    return Bench(bench_folder)

@@ -61,6 +61,12 @@ def free_ports(count):
 
 
 @pytest.fixture
+def bench_folder(tmp_path):
+    """Without the other tests' "'": Snakemake's quotes around one would let a job expand "$b"."""
+    return tmp_path / "#1: {a} $b"
+
+
+@pytest.fixture
 def slurm(tmp_path_factory, monkeypatch):
     """A controller and a node; commands find them by SLURM_CONF."""
     folder = tmp_path_factory.mktemp("slurm")
