@@ -266,6 +266,12 @@ def test_watch_tells_overflow_from_a_gradient_that_vanished():
     watch = GradientWatch(torch.zeros(2, 2))
     watch.see(torch.tensor([[math.nan, 1.0], [math.nan, 0.0]]), ~running)
     watch.report("silent")
+    watch = GradientWatch(torch.zeros(3, 2))  # large entries, whose sum overflows or cancels
+    watch.see(torch.tensor([[3e38, 3e38], [1.0, -1.0], [math.inf, 1.0]]), torch.zeros(3).bool())
+    watch.report("silent")
+    watch.see(torch.tensor([[math.inf, -math.inf], [0.0, 0.0], [1.0, 0.0]]), torch.zeros(3).bool())
+    assert watch.broken.tolist() == [True, False, False]
+    assert watch.stuck.tolist() == [True, True, False]
 
 
 # best so far
