@@ -327,10 +327,10 @@ class GradientWatch:
             adversarial: (B,) the samples that are adversarial at this step; what their gradients
                 do from here on is of no account.
         """
-        total = gradient.flatten(1).sum(dim=1)  # finite if what is left out below was none
+        # The sum of zeros and entries that are not finite: finite only if there are none of these.
+        total = gradient.flatten(1).sum(dim=1)
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         self.done |= adversarial
-        # At every pass of every attack: in few reads of the gradient.
         zero = (gradient.flatten(1).abs().amax(dim=1) == 0) & ~self.done
         self.stuck |= zero
         self.broken |= zero & ~total.isfinite()
