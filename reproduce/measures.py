@@ -181,6 +181,23 @@ def _sizes(sample: Sample) -> Tensor:
     return torch.where(success(sample.model, sample.points[0], y), sizes, math.inf)
 
 
+def counts(sample: Sample) -> dict[str, Value]:
+    """Mean number of values and of pixels that successful perturbations change.
+
+    A pixel is changed where any of its channels is. Initially correct images, as in ``norms``.
+
+    Source: chapter ``benchmark``, erratum E21 of Matyasko (2020).
+    """
+    x, y = sample.x[sample.attacked], sample.y[sample.attacked]
+    fooled = success(sample.model, sample.points[0], y)
+    delta = (sample.points[0] - x)[fooled]
+    return {
+        "values": float(length(delta, "l0").mean()),
+        "pixels": float(pixels(delta).mean()),
+        "found": float(fooled.double().mean()),
+    }
+
+
 def noise_ratio(sample: Sample) -> dict[str, Value]:
     """Mean PSNR in dB of inputs and outputs at each radius, and of the clean outputs.
 
@@ -462,6 +479,7 @@ MEASURES: dict[str, Callable[[Sample], Named]] = {
         correct,
         norms,
         robust,
+        counts,
         reconstruction,
         code,
         pictures,

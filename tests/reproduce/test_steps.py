@@ -96,6 +96,22 @@ def test_fooling_ratio_is_that_of_the_attack_called_directly(bench, network):
     assert values["eps99"] == pytest.approx(beyond[0], rel=1e-5)
 
 
+def test_a_color_pixel_counts_once_as_a_pixel_and_once_for_each_channel_as_values():
+    class Total(torch.nn.Module):
+        def forward(self, x):
+            total = x.flatten(1).sum(1)
+            return torch.stack([1 - total, total - 1], 1)
+
+    x, everyone = torch.zeros(4, 3, 2, 2), torch.ones(4, dtype=torch.bool)
+    points = x.clone()
+    points[0, :, 0, 1] = 1.0  # one pixel, three values
+    points[1, 0, 0, 0] = points[1, 1, 1, 1] = 1.0  # two pixels, two values
+    points[2, 2, 1, 0] = 0.5  # does not fool, so it does not count
+    y = torch.zeros(4, dtype=torch.long)
+    sample = Sample(Total().eval(), x, y, everyone, [points], None, {})
+    assert MEASURES["counts"](sample) == {"values": 2.5, "pixels": 1.5, "found": 0.5}
+
+
 def test_rho2_of_a_linear_model_is_the_distance_to_its_boundary():
     torch.manual_seed(0)
     model = torch.nn.Sequential(
