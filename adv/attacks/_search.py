@@ -110,7 +110,7 @@ class Search:
         m: list[Tensor] = []
 
         def climb(logits: Tensor, y: Tensor) -> Tensor:
-            m.append(_margin(logits, y, rival, self.targeted))
+            m.append(margin_of(logits, y, rival, self.targeted))
             return m[0]
 
         logits, gradient = loss_gradient(self.model, x_adv, self.y, climb)
@@ -155,13 +155,13 @@ class Search:
         stuck = (g == 0).flatten(1).all(dim=1)
         return delta, torch.where(stuck, math.inf, distance)
 
-    def first_distance(self) -> Tensor:
-        """The distance to the boundary linearized at ``x``."""
-        return self.project(self.first, torch.zeros_like(self.x))[1]
+    def first_landing(self) -> tuple[Tensor, Tensor]:
+        """The nearest point of the boundary as linearized at ``x``, and its distance."""
+        return self.project(self.first, torch.zeros_like(self.x))
 
     def gain(self, gain: float | None, rival: Tensor | None) -> Tensor:
         r"""$\gamma$, the factor of the margins: ``gain`` over the margin at ``x``."""
-        m = _margin(self.first.logits, self.y, rival, self.targeted)
+        m = margin_of(self.first.logits, self.y, rival, self.targeted)
         if gain is None:
             return torch.ones_like(m)
         scale = self.first.logits.abs().amax(dim=1)
@@ -207,7 +207,7 @@ class Search:
         return x_adv
 
 
-def _margin(logits: Tensor, y: Tensor, rival: Tensor | None, targeted: bool) -> Tensor:
+def margin_of(logits: Tensor, y: Tensor, rival: Tensor | None, targeted: bool) -> Tensor:
     """What must become negative: f_y - f_rival, or the margin; of a target, minus its margin."""
     if targeted:
         return -margin(logits, y)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from adv.attacks._search import Search
+from adv.attacks._search import Search, margin_of
 from adv.attacks._size import Regularizer, Size, crossing, size_of
 from adv.attacks.common import (
     Bounds,
@@ -49,8 +49,10 @@ EXPLORE, FARTHEST, NEAREST = 0.2, 0.8, 1 / 8
 """Share of the passes for games from random points; their first radius; the last to the first."""
 LANDING = 4
 """Projections at the end of a short game."""
-MISLED = 4
-"""Linearizations mislead where a landing is this many times farther than they promised."""
+FARTHER = 4
+"""They may mislead where what was found is this many times farther than they promised ..."""
+KEPT = 0.5
+"""... and do where their landing keeps more than this share of the margin, instead of none."""
 WIDE = {"linf": 0.1, "l2": 0.2, "l1": 3.0}
 """For misled samples: units of the step sizes, in shares of the range; 1 under other penalties."""
 SCATTER = 0.3
@@ -339,11 +341,15 @@ class _Adam:
 
 
 class _Task(NamedTuple):
-    """What the plans share; classes by the distance of their boundaries, nearest first."""
+    """What the plans share; classes by the distance of their boundaries, nearest first.
+
+    The landing is where the last linearization put the nearest boundary; nobody has looked there.
+    """
 
     rules: Settings
     rivals: Int[Tensor, "B C"]
     distances: Float[Tensor, "B C"]
+    landing: Float[Tensor, "B ..."]
     restarts: int
     seed: int
 
@@ -351,13 +357,13 @@ class _Task(NamedTuple):
 def _attack(search: Search, rules: Settings, restarts: int, seed: int) -> None:
     """Spend the budget: scout, then by one plan or the other; or all of it on the games."""
     if search.targeted or not rules.scout:
-        distance = search.first_distance()
-        task = _Task(rules, search.rivals(), distance[:, None], restarts, seed)
+        landing, distance = search.first_landing()
+        task = _Task(rules, search.rivals(), distance[:, None], landing, restarts, seed)
         _games(search, task, None, distance, generator(seed))
         return
     task = _Task(rules, *_scout(search), restarts, seed)
-    misled = _misled(search, task.distances)
-    for plan, chosen in ((_trust, ~misled), (_distrust, misled)):
+    doubtful = _broken(search, task.distances)
+    for plan, chosen in ((_trust, ~doubtful), (_doubt, doubtful)):
         _follow(plan, search, task, chosen)
 
 
@@ -368,12 +374,15 @@ def _follow(
     if not bool(chosen.any()):
         return
     part = search.part(chosen)
-    plan(part, task._replace(rivals=task.rivals[chosen], distances=task.distances[chosen]))
+    rows = {name: getattr(task, name)[chosen] for name in ("rivals", "distances", "landing")}
+    plan(part, task._replace(**rows))
     search.take(part, chosen)
 
 
-def _scout(search: Search) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"]]:
-    """Classes by the distance of their boundaries, nearest first, and these distances.
+def _scout(
+    search: Search,
+) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B ..."]]:
+    """Classes by the distance of their boundaries, these distances, and the nearest's landing.
 
     First each boundary is linearized at ``x``; then, for as many of the nearest classes as a fourth
     of the budget allows, three times more where the last linearization put it.
@@ -381,7 +390,8 @@ def _scout(search: Search) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"]]:
     rivals = search.rivals()
     count = rivals.shape[1]
     if count == 1:
-        return rivals, search.first_distance()[:, None]
+        landing, distance = search.first_landing()
+        return rivals, distance[:, None], landing
     zero = torch.zeros_like(search.x)
     pairs = [search.project(search.first, zero)]
     pairs += [search.locate(zero, rivals[:, i]) for i in range(1, count)]
@@ -390,12 +400,13 @@ def _scout(search: Search) -> tuple[Int[Tensor, "B C"], Float[Tensor, "B C"]]:
     rivals, deltas, distances = _sorted(distances, rivals, deltas, distances)
     keep = min(count, (search.steps // 4 - count) // ROUNDS)
     if keep < 2:
-        return rivals, distances
+        return rivals, distances, deltas[:, 0]
     for i in range(keep):
         for _ in range(ROUNDS):
             deltas[:, i], distances[:, i] = search.locate(deltas[:, i], rivals[:, i])
-    rivals, distances = _sorted(distances[:, :keep], rivals[:, :keep], distances[:, :keep])
-    return rivals, distances
+    kept = (rivals[:, :keep], deltas[:, :keep], distances[:, :keep])
+    rivals, deltas, distances = _sorted(distances[:, :keep], *kept)
+    return rivals, distances, deltas[:, 0]
 
 
 def _trust(search: Search, task: _Task) -> None:
@@ -410,6 +421,21 @@ def _trust(search: Search, task: _Task) -> None:
         rivals, distances = _sorted(distances[:, :games], rivals[:, :games], distances[:, :games])
     _explore(search, task.rules, distances[:, 0], draws)
     _games(search, task, rivals[:, 0], distances[:, 0], draws)
+
+
+def _doubt(search: Search, task: _Task) -> None:
+    """The plan where a promise was broken: look at the landing, then trust slopes or do not.
+
+    A landing on the near side of a curved boundary keeps little of the margin: slopes tell the way,
+    only not how far. Where they mislead, it keeps nearly all.
+    """
+    nearest = task.rivals[:, 0]
+    seen = search.look(task.landing, nearest)
+    search.tell(seen, "scout")
+    whole = margin_of(search.first.logits, search.y, nearest, search.targeted)
+    misled = _broken(search, task.distances) & (seen.margin > KEPT * whole)
+    for plan, chosen in ((_trust, ~misled), (_distrust, misled)):
+        _follow(plan, search, task, chosen)
 
 
 def _distrust(search: Search, task: _Task) -> None:
@@ -485,7 +511,7 @@ def _ranks(search: Search, way: Float[Tensor, "B ..."]) -> tuple[Tensor, Float[T
     return order.argsort(dim=1).view_as(fall), used.flatten(1).sum(dim=1)
 
 
-def _misled(search: Search, distances: Float[Tensor, "B C"]) -> Bool[Tensor, " B"]:
+def _broken(search: Search, distances: Float[Tensor, "B C"]) -> Bool[Tensor, " B"]:
     """Whether nothing near what linearizations promised is across; never if none was tried.
 
     With few passes a sample counts only if something was found, farther: finding a first point
@@ -494,8 +520,8 @@ def _misled(search: Search, distances: Float[Tensor, "B C"]) -> Bool[Tensor, " B
     best = search.best
     if search.steps < WARY or distances.shape[1] == 1:
         return torch.zeros_like(best.found)
-    misled = (best.distance > MISLED * distances[:, 0]) | ~best.found
-    return misled if search.steps >= AMPLE else misled & best.found
+    broken = (best.distance > FARTHER * distances[:, 0]) | ~best.found
+    return broken if search.steps >= AMPLE else broken & best.found
 
 
 def _wide(search: Search) -> Float[Tensor, " B"]:

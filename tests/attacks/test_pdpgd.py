@@ -766,6 +766,46 @@ def test_few_passes_suffice_to_see_that_linearizations_mislead(norm, share):
     assert few < share * many
 
 
+class Balls(nn.Module):
+    """Each class has a ball of its own: its logit is minus the squared distance."""
+
+    def __init__(self, centers):
+        super().__init__()
+        self.register_buffer("centers", centers)
+
+    def forward(self, x):
+        others = (x[:, None] - self.centers).square().sum(dim=2)
+        return torch.cat([torch.full_like(others[:, :1], -1.0), -others], dim=1)
+
+
+@pytest.fixture(scope="module")
+def balls():
+    """Inputs of the first class, around balls of radius 1: each landing outside falls short."""
+    draws = torch.Generator().manual_seed(0)
+    centers = 30 * torch.eye(3, 20, dtype=torch.float64)
+    way = torch.randn(12, 20, dtype=torch.float64, generator=draws)
+    x = centers[torch.arange(12) % 3] + 9 * way / way.norm(dim=1, keepdim=True)
+    return Balls(centers), x, torch.zeros(12, dtype=torch.long)
+
+
+def test_landings_that_fall_short_on_the_near_side_do_not_mislead(balls, monkeypatch):
+    model, x, y = balls
+    doubt, doubted = module._doubt, []
+    monkeypatch.setattr(module, "_doubt", lambda *args: doubted.append(args[0]) or doubt(*args))
+    monkeypatch.setattr(module, "_distrust", lambda search, task: pytest.fail("slopes tell here"))
+    x_adv = pdpgd(model, x, y, norm="l2", steps=300, bounds=(-99.0, 99.0))
+    assert [len(search.x) for search in doubted] == [len(x)]
+    assert (x_adv - x).norm(dim=1).numpy() == pytest.approx(8.0, rel=1e-3)
+
+
+def test_landings_that_keep_the_margin_mislead(thresholds, monkeypatch):
+    model, x, y = thresholds
+    wary = []
+    monkeypatch.setattr(module, "_distrust", lambda search, task: wary.append(len(search.x)))
+    pdpgd(model, x, y, norm="l2", steps=300)
+    assert wary == [len(x)]
+
+
 def test_with_two_classes_nothing_misleads():
     model, x = affine(2, d=6), inputs(6, 6)
     y = model(x).argmax(dim=1)
