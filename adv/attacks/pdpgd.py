@@ -204,9 +204,9 @@ def pdpgd(
             ``gradient`` (of the margin), ``distance`` (best so far), ``phase`` (``"scout"``,
             ``"trial"``, ``"explore"``, ``"relaxed"``, ``"retreat"``, ``"game"``, ``"finetune"`` or
             ``"polish"``), ``index`` (the samples of the pass) and, in a game, the multiplier
-            ``lam`` and the factor ``gain`` of the margin. Samples where linearizations mislead are
-            a batch or two of their own after the scouting: step numbers then repeat, once for each
-            batch.
+            ``lam`` and the factor ``gain`` of the margin. Samples whose boundary is not where
+            linearizations put it are batches of their own after the scouting: step numbers then
+            repeat, once for each batch.
 
     Returns:
         (B, ...) the nearest adversarial inputs seen, inside ``bounds``; ``x`` itself where it is
