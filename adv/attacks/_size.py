@@ -52,6 +52,14 @@ class Size:
         self.counts = kind in ("l0", "group_l0")
         self.shape: Any = "l2" if own else "l1" if kind in ("l1/2", "l2/3") else kind
 
+    def sums(self, values: Tensor) -> Tensor:
+        """One value for each entry; where pixels are counted, of each pixel the sum."""
+        return values.sum(dim=1, keepdim=True) if self.kind == "group_l0" else values
+
+    def used(self, delta: Tensor) -> Tensor:
+        """Which entries, or pixels, it changes."""
+        return self.sums(delta != 0) > 0
+
     def value(self, delta: Tensor) -> Tensor:
         """(B,) the penalty itself."""
         if self.own is not None:

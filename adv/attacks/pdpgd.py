@@ -70,6 +70,9 @@ CUT = 0.3
 """Where entries are counted, a relaxed game drops those below this share of the range."""
 POLISH = 8
 """Projections onto the linearized boundary at the end, at most."""
+PRUNE, ATTEMPTS = 40, 4
+"""Where entries are counted: passes at the very end, at most, for giving up some of them; passes
+after which one counts as vital."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def pdpgd(
     mislead, as on networks with saturated units, games are against all classes at once, from random
     points, with steps of the order of the range; under sparse penalties a relaxed game is tried
     too, and goes on where it came nearer. Before their last game they go back to the boundary from
-    the nearest point found. A targeted attack plays one game.
+    the nearest point found. Counted entries are given up at the very end where that is possible. A
+    targeted attack plays one game.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
@@ -202,11 +206,11 @@ def pdpgd(
         seed: of the random points.
         observe: ``(step, state)``, called at each pass with ``x_adv``, ``logits``, ``margin``,
             ``gradient`` (of the margin), ``distance`` (best so far), ``phase`` (``"scout"``,
-            ``"trial"``, ``"explore"``, ``"relaxed"``, ``"retreat"``, ``"game"``, ``"finetune"`` or
-            ``"polish"``), ``index`` (the samples of the pass) and, in a game, the multiplier
-            ``lam`` and the factor ``gain`` of the margin. Samples whose boundary is not where
-            linearizations put it are batches of their own after the scouting: step numbers then
-            repeat, once for each batch.
+            ``"trial"``, ``"explore"``, ``"relaxed"``, ``"retreat"``, ``"game"``, ``"finetune"``,
+            ``"polish"`` or ``"prune"``), ``index`` (the samples of the pass) and, in a game, the
+            multiplier ``lam`` and the factor ``gain`` of the margin. Samples whose boundary is not
+            where linearizations put it are batches of their own after the scouting: step numbers
+            then repeat, once for each batch.
 
     Returns:
         (B, ...) the nearest adversarial inputs seen, inside ``bounds``; ``x`` itself where it is
@@ -504,9 +508,7 @@ def _ranks(search: Search, way: Float[Tensor, "B ..."]) -> tuple[Tensor, Float[T
         seen = search.look(way * ((i + 0.5) / ALONG), None)
         search.tell(seen, "retreat")
         fall -= way * seen.gradient
-    used = way != 0
-    if search.h.kind == "group_l0":
-        fall, used = fall.sum(dim=1, keepdim=True), used.any(dim=1, keepdim=True)
+    fall, used = search.h.sums(fall), search.h.used(way)
     order = torch.where(used, fall, -math.inf).flatten(1).argsort(dim=1, descending=True)
     return order.argsort(dim=1).view_as(fall), used.flatten(1).sum(dim=1)
 
@@ -625,14 +627,18 @@ def _games(
     """
     rules = task.rules
     polish = min(POLISH, search.left // 10) if rules.scout else 0
+    prune = 0
+    if rules.scout and search.h.counts:  # after games with large steps there is more to give up
+        prune = min(PRUNE, search.left // (2 if misled else 10))
+    reserve = polish + prune
     runs = 1 + task.restarts + rules.finetune
-    passes = max(1, (search.left - polish) // runs)
+    passes = max(1, (search.left - reserve) // runs)
     nearer = search.best.distance < 0.999 * distance
     if misled:
         nearer |= search.best.found
     nearer &= search.left < search.steps // 2  # otherwise it was no exploration
     for run in range(runs):
-        count = min(search.left - polish, passes if run < runs - 1 else search.left)
+        count = min(search.left - reserve, passes if run < runs - 1 else search.left)
         if rules.finetune and run == runs - 1:
             (a, b), (c, d) = rules.step, rules.rate
             gentle = replace(rules, step=(a / 100, b / 100), rate=(c / 10, d / 10), multiplier=None)
@@ -647,6 +653,46 @@ def _games(
     delta = search.nearest()
     for _ in range(polish):
         delta, _ = search.locate(delta, rival, "polish")
+    _prune(search, prune)
+
+
+def _prune(search: Search, passes: int) -> None:
+    r"""Give up entries, or pixels, of the nearest point found, one after another.
+
+    The next is the one that does least, by $-\delta_i\nabla_im$. Where the point without it is not
+    across, the others go halfway to the walls at which the margin is lower, up to three times; if
+    that is in vain, it is vital.
+    """
+    if passes < 2:
+        return
+    low, high = search.box
+    way = search.nearest()
+    seen = search.look(way, None)
+    search.tell(seen, "prune")
+    slope, vital = seen.gradient, torch.zeros_like(search.h.used(way))
+    attempts = torch.zeros_like(search.y)
+    drop = _idle(search, way, slope, vital)
+    delta = torch.where(drop, 0.0, way)
+    for _ in range(passes - 1):
+        seen = search.look(delta, None)
+        search.tell(seen, "prune")
+        won, attempts = seen.reached < math.inf, attempts + 1
+        vital = vital | (expand(~won & (attempts == ATTEMPTS), drop) & drop)
+        way = torch.where(expand(won, way), delta, way)
+        slope = torch.where(expand(won, way), seen.gradient, slope)
+        moved = (delta + torch.where(seen.gradient > 0, low, high)) / 2
+        moved = torch.where(search.h.used(way) & ~drop, moved, 0.0)
+        over = won | (attempts == ATTEMPTS)
+        drop = torch.where(expand(over, drop), _idle(search, way, slope, vital), drop)
+        delta = torch.where(expand(over, way), torch.where(drop, 0.0, way), moved)
+        attempts = torch.where(over, 0, attempts)
+
+
+def _idle(search: Search, way: Tensor, slope: Tensor, vital: Tensor) -> Tensor:
+    """Where the entry, or pixel, is that does least, of those not known as vital; or nowhere."""
+    fall, free = search.h.sums(-way * slope), search.h.used(way) & ~vital
+    least = torch.where(free, fall, math.inf).flatten(1).argmin(dim=1, keepdim=True)
+    return torch.zeros_like(free).flatten(1).scatter(1, least, True).view_as(free) & free
 
 
 def _settings(settings: Any, h: Size) -> Settings:

@@ -721,6 +721,32 @@ def test_the_way_back_keeps_what_lowers_the_margin_and_stops_at_the_boundary(kin
     assert len(seen) == passes.get(kind, gradients + numbers)
 
 
+@pytest.mark.parametrize("kind", ["l0", "group_l0"])
+def test_pruning_leaves_only_entries_that_are_needed(kind):
+    flat, x = affine(2, d=27), inputs(8, 27)
+    y = flat(x).argmax(dim=1)
+    g = (flat.weight[y] - flat.weight[1 - y]).view(8, 3, 3, 3)
+    m = (flat(x).gather(1, y[:, None]) - flat(x).gather(1, 1 - y[:, None]))[:, 0]
+    model, x = nn.Sequential(nn.Flatten(), flat), x.view(8, 3, 3, 3)
+    low, high = room(x, (-3.0, 3.0))
+    wall = torch.where(g > 0, low, high)
+    search, seen = Search(model, x, y, Size(kind), False, (-3.0, 3.0), 500, None), []
+    search.begin()
+    search.look(wall * 0.9, None)  # far across, in every entry
+    search.observe = lambda step, state: seen.append(state["phase"])
+    module._prune(search, 200)
+    found = search.nearest()
+    assert seen == ["prune"] * 200
+    used = found.abs().sum(dim=1, keepdim=True) > 0 if kind == "group_l0" else found != 0
+    most = torch.where(used, -g * wall, 0.0)  # what each can do at its wall
+    most = most.sum(dim=1) if kind == "group_l0" else most
+    spare = most.flatten(1).sum(dim=1) - m
+    assert (most.flatten(1).count_nonzero(dim=1) < most[0].numel()).all()
+    for i in range(len(x)):
+        one = most[i].flatten()
+        assert (one[one > 0] > 0.85 * spare[i]).all()  # three moves halfway leave an eighth
+
+
 def test_relaxed_threshold_is_the_proximal_operator_of_l1_and_of_pixels():
     u, weight = torch.randn(4, 3, 2, 2), torch.tensor([0.1, 0.4, 0.7, 3.0])
     box = room(torch.rand(4, 3, 2, 2), (0.0, 1.0))
