@@ -53,7 +53,7 @@ class Size:
         self.shape: Any = "l2" if own else "l1" if kind in ("l1/2", "l2/3") else kind
 
     def sums(self, values: Tensor) -> Tensor:
-        """One value for each entry; where pixels are counted, of each pixel the sum."""
+        """One value for each entry or, where pixels are counted, the sum over its channels."""
         return values.sum(dim=1, keepdim=True) if self.kind == "group_l0" else values
 
     def used(self, delta: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ EXPLORE, FARTHEST, NEAREST = 0.2, 0.8, 1 / 8
 LANDING = 4
 """Projections at the end of a short game."""
 FARTHER = 4
-"""They may mislead where what was found is this many times farther than they promised ..."""
+"""Linearizations may mislead where what was found is this many times farther than promised ..."""
 KEPT = 0.5
 """... and do where their landing keeps more than this share of the margin, instead of none."""
 WIDE = {"linf": 0.1, "l2": 0.2, "l1": 3.0}
@@ -72,7 +72,7 @@ POLISH = 8
 """Projections onto the linearized boundary at the end, at most."""
 PRUNE, ATTEMPTS = 40, 4
 """Where entries are counted: passes at the very end, at most, for giving up some of them; passes
-after which one counts as vital."""
+without success after which one counts as vital."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def pdpgd(
     points, with steps of the order of the range; under sparse penalties a relaxed game is tried
     too, and goes on where it came nearer. Before their last game they go back to the boundary from
     the nearest point found. Counted entries are given up at the very end where that is possible. A
-    targeted attack plays one game.
+    targeted attack plays one game, with the same end; without scouting there is no such end.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
@@ -430,7 +430,7 @@ def _trust(search: Search, task: _Task) -> None:
 def _doubt(search: Search, task: _Task) -> None:
     """The plan where a promise was broken: look at the landing, then trust slopes or do not.
 
-    A landing on the near side of a curved boundary keeps little of the margin: slopes tell the way,
+    A landing that falls short of a curved boundary keeps little of the margin: slopes tell the way,
     only not how far. Where they mislead, it keeps nearly all.
     """
     nearest = task.rivals[:, 0]
@@ -630,6 +630,7 @@ def _games(
     prune = 0
     if rules.scout and search.h.counts:  # after games with large steps there is more to give up
         prune = min(PRUNE, search.left // (2 if misled else 10))
+        prune = prune if prune > 1 else 0  # the first only looks at the nearest point found
     reserve = polish + prune
     runs = 1 + task.restarts + rules.finetune
     passes = max(1, (search.left - reserve) // runs)
@@ -660,10 +661,11 @@ def _prune(search: Search, passes: int) -> None:
     r"""Give up entries, or pixels, of the nearest point found, one after another.
 
     The next is the one that does least, by $-\delta_i\nabla_im$. Where the point without it is not
-    across, the others go halfway to the walls at which the margin is lower, up to three times; if
-    that is in vain, it is vital.
+    across, the others go halfway to the walls at which the margin is lower (where it has no slope,
+    to the upper ones), up to three times; if that is in vain, it is vital. Where all are, or
+    nothing was found, passes repeat.
     """
-    if passes < 2:
+    if not passes:
         return
     low, high = search.box
     way = search.nearest()

@@ -728,23 +728,33 @@ def test_pruning_leaves_only_entries_that_are_needed(kind):
     g = (flat.weight[y] - flat.weight[1 - y]).view(8, 3, 3, 3)
     m = (flat(x).gather(1, y[:, None]) - flat(x).gather(1, 1 - y[:, None]))[:, 0]
     model, x = nn.Sequential(nn.Flatten(), flat), x.view(8, 3, 3, 3)
-    low, high = room(x, (-3.0, 3.0))
+    low, high = room(x, (0.0, 1.0))
     wall = torch.where(g > 0, low, high)
-    search, seen = Search(model, x, y, Size(kind), False, (-3.0, 3.0), 500, None), []
+    every = -g * wall  # what each can do at its wall
+    every = every.sum(dim=1) if kind == "group_l0" else every
+    ahead = every.flatten(1).sort(dim=1, descending=True).values.cumsum(dim=1)
+    needed = (ahead <= m[:, None]).sum(dim=1) + 1  # by trying every number
+    assert (needed > 1).any()
+    search, seen = Search(model, x, y, Size(kind), False, (0.0, 1.0), 500, None), []
     search.begin()
-    search.look(wall * 0.9, None)  # far across, in every entry
+    search.look(wall * 0.6, None)  # across, in every entry
+    assert search.best.found.all()
     search.observe = lambda step, state: seen.append(state["phase"])
     module._prune(search, 200)
-    found = search.nearest()
     assert seen == ["prune"] * 200
-    used = found.abs().sum(dim=1, keepdim=True) > 0 if kind == "group_l0" else found != 0
-    most = torch.where(used, -g * wall, 0.0)  # what each can do at its wall
-    most = most.sum(dim=1) if kind == "group_l0" else most
-    spare = most.flatten(1).sum(dim=1) - m
-    assert (most.flatten(1).count_nonzero(dim=1) < most[0].numel()).all()
-    for i in range(len(x)):
-        one = most[i].flatten()
-        assert (one[one > 0] > 0.85 * spare[i]).all()  # three moves halfway leave an eighth
+    found = search.nearest()
+    used = found.abs().sum(dim=1) > 0 if kind == "group_l0" else found != 0
+    assert (used.flatten(1).sum(dim=1) <= needed + 1).all()
+    most, reached = torch.where(used, every, 0.0).flatten(1), 1 - 0.4 / 8  # after three moves
+    spare = most.sum(dim=1) - m / reached
+    assert (most[most > 0] >= spare[:, None].expand_as(most)[most > 0] - 1e-9).all()
+
+
+@pytest.mark.parametrize("steps", [*range(1, 32), 45])
+def test_counts_spend_every_pass(steps):
+    model, x = affine(4, d=6), inputs(5, 6)
+    _, seen = watched(pdpgd, model, x, model(x).argmax(dim=1), norm="l0", steps=steps)
+    assert len(seen) == steps
 
 
 def test_relaxed_threshold_is_the_proximal_operator_of_l1_and_of_pixels():
