@@ -110,7 +110,7 @@ class Search:
         m: list[Tensor] = []
 
         def climb(logits: Tensor, y: Tensor) -> Tensor:
-            m.append(margin_of(logits, y, rival, self.targeted))
+            m.append(_margin(logits, y, rival, self.targeted))
             return m[0]
 
         logits, gradient = loss_gradient(self.model, x_adv, self.y, climb)
@@ -159,9 +159,13 @@ class Search:
         """The nearest point of the boundary as linearized at ``x``, and its distance."""
         return self.project(self.first, torch.zeros_like(self.x))
 
+    def first_margin(self, rival: Tensor | None) -> Tensor:
+        """The margin at ``x``."""
+        return _margin(self.first.logits, self.y, rival, self.targeted)
+
     def gain(self, gain: float | None, rival: Tensor | None) -> Tensor:
         r"""$\gamma$, the factor of the margins: ``gain`` over the margin at ``x``."""
-        m = margin_of(self.first.logits, self.y, rival, self.targeted)
+        m = self.first_margin(rival)
         if gain is None:
             return torch.ones_like(m)
         scale = self.first.logits.abs().amax(dim=1)
@@ -207,7 +211,7 @@ class Search:
         return x_adv
 
 
-def margin_of(logits: Tensor, y: Tensor, rival: Tensor | None, targeted: bool) -> Tensor:
+def _margin(logits: Tensor, y: Tensor, rival: Tensor | None, targeted: bool) -> Tensor:
     """What must become negative: f_y - f_rival, or the margin; of a target, minus its margin."""
     if targeted:
         return -margin(logits, y)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from adv.attacks._search import Search, margin_of
+from adv.attacks._search import Search
 from adv.attacks._size import Regularizer, Size, crossing, size_of
 from adv.attacks.common import (
     Bounds,
@@ -436,7 +436,7 @@ def _doubt(search: Search, task: _Task) -> None:
     nearest = task.rivals[:, 0]
     seen = search.look(task.landing, nearest)
     search.tell(seen, "scout")
-    whole = margin_of(search.first.logits, search.y, nearest, search.targeted)
+    whole = search.first_margin(nearest)
     misled = _broken(search, task.distances) & (seen.margin > KEPT * whole)
     for plan, chosen in ((_trust, ~misled), (_distrust, misled)):
         _follow(plan, search, task, chosen)
