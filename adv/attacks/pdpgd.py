@@ -619,7 +619,7 @@ def _games(
     *,
     misled: bool = False,
 ) -> None:
-    """Spend what is left: the game from ``x``, those from random points, finetuning, polishing.
+    """Spend what is left: games from ``x`` and random points, finetuning, polishing, pruning.
 
     Where exploration came nearer than the class of the game, this starts there, with steps in units
     of a tenth of that distance (where the settings adapt them); so it does where linearizations
