@@ -42,7 +42,7 @@ DECAY, EPSILON = 0.999, 1e-8
 ROUNDS = 3
 """Linearizations by which the boundary of a class that passed the first round is located."""
 AMPLE, WARY = 200, 60
-"""Passes from which on trials and exploration pay; from which on samples count as misled."""
+"""Passes from which on trials and exploration pay; from which on slopes are doubted."""
 TRIAL, EXCURSION = 1 / 12, 1 / 32
 """Shares of the passes for a trial, against a class or all, and for an exploring game."""
 EXPLORE, FARTHEST, NEAREST = 0.2, 0.8, 1 / 8

@@ -682,6 +682,16 @@ def test_sparse_solutions_on_plateaus_are_near_what_none_is_below(thresholds):
     assert (reached / least).mean() < 1.8  # without the way back: 2.25
 
 
+def two_classes(side):
+    """A linear model of small color images, with the margins and their slopes."""
+    d = 3 * side**2
+    flat, x = affine(2, d), inputs(8, d)
+    y = flat(x).argmax(dim=1)
+    g = (flat.weight[y] - flat.weight[1 - y]).view(8, 3, side, side)
+    m = (flat(x).gather(1, y[:, None]) - flat(x).gather(1, 1 - y[:, None]))[:, 0]
+    return nn.Sequential(nn.Flatten(), flat), x.view_as(g), y, g, m
+
+
 def returned(h, model, x, y, delta):
     """What the way back makes of a perturbation that is far across, and what it looked at."""
     search, seen = Search(model, x, y, h, False, (-9.0, 9.0), 500, None), []
@@ -694,11 +704,7 @@ def returned(h, model, x, y, delta):
 
 @pytest.mark.parametrize("kind", ["l0", "l1", "l2", "linf", "group_l0"])
 def test_the_way_back_keeps_what_lowers_the_margin_and_stops_at_the_boundary(kind):
-    flat, x = affine(2, d=12), inputs(8, 12)
-    y = flat(x).argmax(dim=1)
-    g = (flat.weight[y] - flat.weight[1 - y]).view(8, 3, 2, 2)
-    m = (flat(x).gather(1, y[:, None]) - flat(x).gather(1, 1 - y[:, None]))[:, 0]
-    model, x = nn.Sequential(nn.Flatten(), flat), x.view(8, 3, 2, 2)
+    model, x, y, g, m = two_classes(side=2)
     draws = torch.Generator().manual_seed(0)
     delta = -(g.sign() * torch.rand(g.shape, generator=draws, dtype=g.dtype)) * 3
     delta[:, 1] = -delta[:, 1] / 9  # a channel that does harm
@@ -723,11 +729,7 @@ def test_the_way_back_keeps_what_lowers_the_margin_and_stops_at_the_boundary(kin
 
 @pytest.mark.parametrize("kind", ["l0", "group_l0"])
 def test_pruning_leaves_only_entries_that_are_needed(kind):
-    flat, x = affine(2, d=27), inputs(8, 27)
-    y = flat(x).argmax(dim=1)
-    g = (flat.weight[y] - flat.weight[1 - y]).view(8, 3, 3, 3)
-    m = (flat(x).gather(1, y[:, None]) - flat(x).gather(1, 1 - y[:, None]))[:, 0]
-    model, x = nn.Sequential(nn.Flatten(), flat), x.view(8, 3, 3, 3)
+    model, x, y, g, m = two_classes(side=3)
     low, high = room(x, (0.0, 1.0))
     wall = torch.where(g > 0, low, high)
     every = -g * wall  # what each can do at its wall
