@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adv.attacks.adaptive import WarmStart, backtracking, bpda, implicit, nes
+from adv.attacks.adaptive import backtracking, bpda, implicit, nes
+from adv.attacks.argmin import WarmStart
 from adv.attacks.common import Model, expand, is_adversarial
 from adv.defenses.generative import AnalysisBySynthesis, DefenseGAN
 from adv.geometry import norm as length

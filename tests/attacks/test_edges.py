@@ -17,7 +17,8 @@ from torch import nn
 
 from adv.attacks._search import Search
 from adv.attacks._size import size_of
-from adv.attacks.adaptive import WarmStart, _reweighed, distortion_search, implicit_gradient
+from adv.attacks.adaptive import _reweighed, distortion_search
+from adv.attacks.argmin import WarmStart, implicit_gradient
 from adv.attacks.common import GradientMaskingWarning, check_range, leaf
 from adv.attacks.confidence import confidence_step, high_confidence, nearest_class, unrolled
 from adv.attacks.convex import gnm, margin_radius
