@@ -133,6 +133,9 @@ def critic_loss(
         x_adv: adversarial images.
         y_adv: (B,) the classes $t$ that they are taken for.
 
+    Returns:
+        A scalar; of batches that are not empty, as everywhere here.
+
     Raises:
         TypeError, ValueError: labels that are not int64, or not one for each image.
 

@@ -4,6 +4,9 @@ To first order a point's distance from the decision boundary is its margin over 
 the margin's gradient. The losses here keep the margins above 1 and these norms small. Each factory
 returns a loss ``(model, x, y) -> scalar`` for ``adv.lab.training.fit``; the gradient of a network's
 gradient is taken for one class of each sample only, the one that attains the maximum.
+
+The losses are called at every step of a training and check no values: as with PyTorch's own, a
+label out of range is an ``IndexError``, and the mean over an empty batch is NaN.
 """
 
 from collections.abc import Callable
