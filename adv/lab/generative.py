@@ -136,9 +136,9 @@ def evidence(
 
     Args:
         vae: the model, in evaluation mode.
-        x: (B, C, H, W) images.
+        x: (B, C, H, W) images, at least one.
         y: (B,) classes, for a model that is told them.
-        variance: $s^2$ of a pixel given $z$, as in training.
+        variance: $s^2$ of a pixel given $z$, as in training; positive and finite.
         draws: $K$, at least 1.
         seed: of the draws.
 
@@ -146,9 +146,18 @@ def evidence(
         Bound and estimate, (B,) each, in nats; for every $K$ and every draw the first is at most
         the second.
 
+    Raises:
+        TypeError: ``draws`` is no integer.
+        ValueError: no draws, no images or images of another shape, a variance that isn't positive
+            and finite; a class missing, or given to a model that has none.
+
     Source: Burda, Grosse and Salakhutdinov (2016), (8); chapter ``generative_models``.
     """
     check_count("draws", draws)
+    if not 0 < variance < math.inf:
+        raise ValueError(f"variance must be positive and finite, not {variance}")
+    if len(x) == 0:
+        raise ValueError("there are no images")
     mean, log_variance = vae.posterior(x, y)
     noise = generator(seed)
     weights = []
@@ -170,10 +179,22 @@ def samples(
 
     Args:
         model: a ``VAE`` or a ``WGAN``.
-        count: how many.
-        label: their class, for a VAE that is told it.
+        count: how many, at least 1.
+        label: their class, for a VAE that is told it; a WGAN ignores it.
         seed: of the latent vectors.
+
+    Returns:
+        (count, C, H, W) images in (0, 1).
+
+    Raises:
+        TypeError: ``count`` is no integer.
+        ValueError: ``count`` is below 1; a label that is no class of the VAE, is missing, or is
+            given to one without classes.
     """
+    check_count("count", count)
+    classes = 0 if isinstance(model, WGAN) else model.classes
+    if classes and label is not None and not 0 <= label < classes:
+        raise ValueError(f"label must be in 0..{classes - 1}, not {label}")
     place = next(model.parameters())
     z = torch.randn(count, model.latent, generator=generator(seed)).to(place)
     if isinstance(model, WGAN):

@@ -333,9 +333,9 @@ def linear_attack(
     of $\Phi$ is within the budget, it is the attack, and the codes collide.
 
     Args:
-        phi: (M, N) the encoder, float64.
-        x_s: (B, N) sources.
-        x_t: (B, N) targets.
+        phi: (M, N) the encoder, best in float64.
+        x_s: (B, N) sources, of the encoder's dtype and device.
+        x_t: (B, N) targets, likewise.
         eps: l2 budget of each perturbation, positive.
         lam: the multiplier instead, the same for all pairs, zero or more.
 
@@ -343,8 +343,8 @@ def linear_attack(
         The perturbations, their parts, and the multipliers.
 
     Raises:
-        ValueError: both or neither of ``eps`` and ``lam``, shapes that don't fit, or values that
-            can't be.
+        ValueError: both or neither of ``eps`` and ``lam``, shapes, dtypes or devices that don't
+            fit, integers, or values that can't be.
 
     Source: (3.1) to (3.6), with the square in (3.3) (E6) and the case of $\lambda=0$ (E7).
     """
@@ -357,6 +357,14 @@ def linear_attack(
         )
     if not all(bool(t.isfinite().all()) for t in (phi, x_s, x_t)):
         raise ValueError("the encoder, sources and targets must be finite")
+    if not phi.is_floating_point() or any(
+        t.dtype != phi.dtype or t.device != phi.device for t in (x_s, x_t)
+    ):
+        given = ", ".join(f"{t.dtype} on {t.device}" for t in (phi, x_s, x_t))
+        raise ValueError(
+            "the encoder, sources and targets must have one floating-point dtype and one device, "
+            f"not {given}"
+        )
     squares, v = _spectrum(phi)
     if lam is not None:
         _check_lam(lam)

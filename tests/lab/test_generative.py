@@ -363,6 +363,19 @@ def test_what_is_refused():
         models.build("vaes", kind="wgan")
     with pytest.raises(ValueError, match="draws"):
         evidence(vae, x, draws=0)
+    for variance in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="variance must be"):
+            evidence(vae, x, variance=variance)
+    with pytest.raises(ValueError, match="no images"):
+        evidence(vae, x[:0])
+    with pytest.raises(ValueError, match="count"):
+        samples(vae, 0)
+    for label in (-1, 10):
+        with pytest.raises(ValueError, match=r"label must be in 0\.\.9"):
+            samples(models.build("vae", classes=10), 3, label=label)
+    for label, model in ((None, models.build("vae", classes=10)), (0, vae), (1, vae)):
+        with pytest.raises(ValueError, match="classes; y must be"):
+            samples(model, 3, label=label)
     with pytest.raises(ValueError, match="empty"):
         fit_wgan(models.build("wgan"), DIGITS[:0], epochs=1)
     with pytest.raises(ValueError, match="epochs"):

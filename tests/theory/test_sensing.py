@@ -348,3 +348,14 @@ def test_bad_shapes():
             linear_attack(phi, one, other, eps=1.0)
     with pytest.raises(ValueError, match="lam must be finite"):
         matched(phi, math.inf)
+
+
+def test_other_dtypes():
+    phi, x_s, x_t = pairs(3, 5, 2, seed=0)
+    whole = [t.round().long() for t in (phi, x_s, x_t)]
+    for parts in ((phi.float(), x_s, x_t), (phi, x_s.float(), x_t), (phi, x_s, x_t.int()), whole):
+        with pytest.raises(ValueError, match="one floating-point dtype"):
+            linear_attack(*parts, lam=1.0)
+    single = linear_attack(*(t.float() for t in (phi, x_s, x_t)), lam=1.0).delta
+    assert single.dtype == torch.float32
+    assert (single - linear_attack(phi, x_s, x_t, lam=1.0).delta).abs().max() < 1e-5
