@@ -131,7 +131,8 @@ def pgd(
         step_size: $\alpha$ in the units of ``x``; by default ``2.5 * eps / steps``.
         restarts: random starts. Start ``k`` draws from a stream of its own, so that ten restarts
             visit what one restart visits, and more.
-        random_start: start at a uniform point of the ball; else at ``x`` (BIM).
+        random_start: start at a uniform point of the ball, projected onto ball and box; else at
+            ``x`` (BIM).
         momentum: $\mu\ge0$; 1 with ``step_size=eps / steps`` and no random start is MI-FGSM.
         sparsity: l1 only: the share of entries that a step leaves alone, in [0, 1).
         loss: what grows as samples stop looking like ``y``: ``"ce"``, ``"margin"``, ``"score"``

@@ -316,8 +316,8 @@ def ascend(
 ) -> Float[Tensor, "B ..."]:
     r"""Climb any objective of the input inside ball and box; the last point counts.
 
-    It starts at a random point of the ball, since a divergence from the prediction at ``x`` has a
-    zero gradient at ``x``.
+    It starts at a uniform point of the ball, projected onto ball and box, since a divergence from
+    the prediction at ``x`` has a zero gradient at ``x``.
 
     Args:
         value: ``(B, ...) -> (B,)``, sample ``i`` depending on input ``i`` only.

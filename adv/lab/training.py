@@ -146,7 +146,8 @@ def fit(
         train: the training set, ``data.Split(x, y)`` with ``x`` (N, C, H, W) and ``y`` (N,).
         loss: ``(model, x, y) -> scalar``, a mean over the batch; called in training mode.
         epochs: passes through the training set, at least 1.
-        batch_size: samples a step; the last batch of an epoch may be smaller.
+        batch_size: samples a step; the last batch of an epoch may be smaller. A last batch of one
+            sample stops a network with ``BatchNorm1d``, which needs two; take another size then.
         lr: learning rate at the start, positive.
         optimizer: ``"adam"``, ``"sgd"`` (momentum 0.9), or a callable ``(parameters, lr=...)``,
             which may give groups of parameters rates of their own.
@@ -169,7 +170,7 @@ def fit(
     Raises:
         TypeError: ``epochs`` or ``batch_size`` is no integer, a set is no ``Split``.
         ValueError: on an empty set, settings out of range, nothing to train, or a checkpoint that
-            is damaged or another run's.
+            is damaged or another run's; PyTorch's, on a batch of one sample for ``BatchNorm1d``.
         DivergenceError: where the loss is not finite.
 
     Source: chapter ``defending``.
