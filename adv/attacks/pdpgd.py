@@ -189,8 +189,8 @@ def pdpgd(
     points, with steps of the order of the range; under sparse penalties a relaxed game is tried
     too, and goes on where it came nearer. Before their last game they go back to the boundary from
     the nearest point found. Counted entries are given up at the very end where that is possible. A
-    targeted attack plays one game, with the same end, and without any of the search it may end
-    tens of percent above the optimum; without scouting there is no such end.
+    targeted attack plays one game, with the same end, and as it does not search it may end far
+    above the optimum; without scouting there is no such end.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.
