@@ -205,6 +205,8 @@ def main() -> None:
     if not given.store and (given.norms or given.budgets or given.trust):
         parser.error("--norms, --budgets and --trust say what to run: give --store as well")
     chosen = any((given.only, given.norms, given.budgets, given.trust))
+    if given.part == "speed" and (given.store or chosen):
+        parser.error("of the comparisons of speed nothing can be chosen or stored")
     if given.part == "radius" and chosen:
         parser.error("of the race at one radius nothing can be chosen but --store")
     with friendly("benchmarks"):

@@ -102,6 +102,25 @@ def test_what_cannot_be_run_is_said(monkeypatch, arguments, message):
     assert message in str(stop.value.code)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["speed", "--store"],
+        ["speed", "--only=digits/none", "--store"],
+        ["speed", "--only=digits/mlp-24"],
+        ["radius", "--store", "--norms=l2"],
+    ],
+)
+def test_options_that_a_part_lacks_are_refused(monkeypatch, capsys, arguments):
+    monkeypatch.setattr("benchmarks.__main__.speed", pytest.fail)
+    monkeypatch.setattr(radius, "contest", pytest.fail)
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "chosen" in capsys.readouterr().err
+
+
 def test_every_norm_has_ours_and_a_peer_and_mnist_is_replaced_where_missing(monkeypatch):
     for norm in strength.NORMS:
         names = list(strength.entries(norm))

@@ -87,9 +87,10 @@ class Settings:
         momentum: $\beta_1$ of Adam.
         feedback: what moves the multiplier: the margin's ``"sign"`` or its ``"tanh"``.
         gain: margins are divided by the one at ``x`` and multiplied by this; ``None``: left alone.
-        multiplier: first $\lambda$; ``None``: the equilibrium's,
-            $\frac12\|\nabla m\|_q$ at the first point. A number is per unit of the penalty:
-            under bounds (0, 255) it weighs a norm 255 times as much as under (0, 1).
+        multiplier: first $\lambda$; ``None``: the equilibrium's, $\frac12\gamma\|\nabla m\|_q$ at
+            the first point, where $\gamma$ is the factor of the margin and $q=\infty$ under l1,
+            counts and powers. A number is per unit of the penalty: under bounds (0, 255) it weighs
+            a norm 255 times as much as under (0, 1).
         inner: 0: the proximal operator in Adam's metric (under linf five Newton steps toward its
             level, from the last one); else steps of the author's inner loop.
         scout: look for the nearest class first.
@@ -188,7 +189,8 @@ def pdpgd(
     points, with steps of the order of the range; under sparse penalties a relaxed game is tried
     too, and goes on where it came nearer. Before their last game they go back to the boundary from
     the nearest point found. Counted entries are given up at the very end where that is possible. A
-    targeted attack plays one game, with the same end; without scouting there is no such end.
+    targeted attack plays one game, with the same end, and as it does not search it may end far
+    above the optimum; without scouting there is no such end.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits, samples not interacting.

@@ -209,10 +209,11 @@ class AnalysisBySynthesis(nn.Module):
     $$\ell_c(z;x)=\|x-G_c(z)\|_2^2+\tfrac\beta2\|z\|_2^2,\qquad
     f_c(x)=-\min_{\|z\|\le r}\ell_c(z;x):$$
 
-    up to constants, the lower bound on $\log p(x\mid c)$ of a VAE of this class, with the posterior
-    $\mathcal N(z,I)$ that suits it best. Of N codes drawn once from the prior, each image starts
-    from the best of each class and goes L steps of Adam, codes longer than $r$ being pulled back.
-    The decoders of all classes are evaluated as one. Loading a state dictionary draws anew.
+    up to a factor and constants, the lower bound on $\log p(x\mid c)$ of a VAE of this class, with
+    the posterior $\mathcal N(z,I)$ that suits it best and the error taken at its mean $z$, where
+    the bound has the expected error. Of N codes drawn once from the prior, each image starts from
+    the best of each class and goes L steps of Adam, codes longer than $r$ being pulled back. The
+    decoders of all classes are evaluated as one. Loading a state dictionary draws anew.
 
     The codes are constants of the gradient. By the envelope theorem,
     $\nabla_xf_c=-2(x-G_c(z_c^*))$ is the whole gradient where $z_c^*$ is a minimum inside the ball.

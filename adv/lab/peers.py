@@ -261,7 +261,9 @@ def attack(
 
     ``fmn`` finds nothing for many inputs under l2 and l1, and more steps don't help: chapter
     ``benchmark`` says why. ``cw`` needs hundreds of steps, as each of its 9 weights gets only a
-    ninth of them. The first call of ``bb`` under a norm compiles for up to a minute.
+    ninth of them. ``bb`` starts from the nearest other input of the batch that the model gives
+    another label: its result depends on the batch, and where there is none (a single input, for
+    instance) ``x`` is returned. The first call of ``bb`` under a norm compiles for up to a minute.
 
     Under l0 values are counted, while ``attacks.pdpgd.pdpgd`` and ``lab.evaluation.minimal_norms``
     count pixels of images. On color images compare with flat inputs, of which all count values:
