@@ -3,6 +3,9 @@ r"""The adversary critic: a network's own adversarial images must look like the 
 The pieces of the game: the ``Critic`` with one output for each class, its loss and the penalty on
 its slope, what the classifier pays, and the running confidences that the attack aims for.
 ``adv.lab.duel.fit_critic`` plays it.
+
+The losses are called at every step of a training, on batches that are not empty: of an empty one a
+``Critic`` makes an ``IndexError``.
 """
 
 from collections.abc import Sequence
@@ -134,7 +137,7 @@ def critic_loss(
         y_adv: (B,) the classes $t$ that they are taken for.
 
     Returns:
-        A scalar; of batches that are not empty, as everywhere here.
+        A scalar.
 
     Raises:
         TypeError, ValueError: labels that are not int64, or not one for each image.
