@@ -13,6 +13,8 @@ PINS := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 BOOK := $(VENV)/.book-$(PINS)
 TEST := $(VENV)/.test-$(PINS)
 RUNS := $(VENV)/.reproduce-$(PINS)
+# What was installed for other pins is no longer there: their stamps go, or a switch back would trust them.
+FORGET = find $(VENV) -maxdepth 1 \( -name '.book-*' -o -name '.test-*' -o -name '.reproduce-*' \) ! -name '*-$(PINS)' -delete
 # Its only other requirement is a server of plots, which it does without and which often does not build.
 ADV_LIB = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps adv-lib
 
@@ -34,18 +36,21 @@ $(VENV)/bin/python:
 $(BOOK): | $(VENV)/bin/python
 	@echo "Installing the book's packages into $(VENV) (some GB with PyTorch; once) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book]'
+	@$(FORGET)
 	@touch $@
 
 $(TEST): | $(VENV)/bin/python
 	@echo "Installing the book's and the tests' packages into $(VENV) (some GB with PyTorch; once) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
 	$(ADV_LIB)
+	@$(FORGET)
 	@touch $@ $(BOOK)
 
 $(RUNS): | $(VENV)/bin/python
 	@echo "Installing the workflow's packages into $(VENV) (some GB with PyTorch; once) ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[reproduce]'
 	$(ADV_LIB)
+	@$(FORGET)
 	@touch $@
 
 book: $(BOOK)

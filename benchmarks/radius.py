@@ -18,9 +18,9 @@ from adv.attacks.gradient import pgd
 from adv.attacks.pdpgd import pdpgd
 from adv.lab import peers
 from adv.lab.evaluation import counting, minimal_norms, perturb, success
+from benchmarks import strength
 from benchmarks.strength import RESULTS, SEED, Entry, Network, scene
 from reproduce.files import held, read, write_json
-from reproduce.origin import provenance
 from reproduce.versions import digest
 
 __all__ = ["NETWORK", "contest", "path", "table"]
@@ -50,9 +50,9 @@ def entries() -> dict[str, Entry]:
     return found
 
 
-def path(results: Path = RESULTS) -> Path:
-    """Where the rows are."""
-    return results / "benchmark" / f"{NETWORK.name.replace('/', '-')}-radius.json"
+def path(name: str = NETWORK.name, results: Path = RESULTS) -> Path:
+    """Where the rows of a network are."""
+    return strength.path(f"{name}-radius", results)
 
 
 def contest(
@@ -74,21 +74,21 @@ def contest(
 
     Returns:
         The file's content: ``norm``, ``eps`` and ``rows``, each with ``attack``, ``steps``,
-        ``left`` (for each image whether the network still reads it correctly) and the ``forward``
-        and ``backward`` passes for an attacked image.
+        ``left`` (for each image whether the network still reads it correctly), the ``forward``
+        and ``backward`` passes for an attacked image, and ``made`` as in ``benchmarks.strength``.
     """
     model, some, origin = scene(network)
     origin |= {"norm": NORM, "eps": EPS}
-    file, content = path(results), dict[str, Any]()
+    file, content = path(network.name, results), dict[str, Any]()
     for steps, name, entry in _wanted(budgets, attacks):
         code, kept = "-".join(map(digest, entry.code)), _stored(file, origin)
         if (steps, name) in kept and kept[steps, name]["code"] == code:
             continue
-        row: dict[str, Any] = {"steps": steps, "attack": name, "code": code}
+        row: dict[str, Any] = {"steps": steps, "attack": name, "code": code} | entry.made()
         row |= _measure(model, some.x, some.y, entry.attack, steps)
         with held(file):  # another process may have added rows meanwhile
             rows = list((_stored(file, origin) | {(steps, name): row}).values())
-            content = origin | provenance(packages=peers.LIBRARIES) | {"rows": rows}
+            content = origin | {"rows": rows}
             write_json(file, content)
         show(f"{name:<14} {steps:>5} steps  {sum(row['left']):>4} left")
     return content or read(file) or {}

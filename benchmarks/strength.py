@@ -29,7 +29,7 @@ from reproduce.files import held, read, write_json
 from reproduce.options import refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
-from reproduce.versions import digest
+from reproduce.versions import digest, files
 
 __all__ = ["NETWORKS", "NORMS", "contest", "networks", "path", "scene", "table"]
 
@@ -65,6 +65,11 @@ class Entry:
     attack: Callable[..., Tensor]
     code: tuple[str, ...]
     budgets: tuple[int, ...] = BUDGETS
+
+    def made(self) -> dict[str, Any]:
+        """Where a row is computed, with which versions, and from which state of the files."""
+        ours = set().union(*map(files, self.code))
+        return {"made": provenance(sorted(ours), packages=peers.LIBRARIES)}
 
 
 def entries(norm: str) -> dict[str, Entry]:
@@ -124,7 +129,8 @@ def contest(
         The file's content: ``rows``, each with ``attack``, ``norm``, ``steps``, what was found
         (``norms``: a distance for each image, 0 where it is misclassified as it is, null where the
         attack failed) and what it cost for an attacked image: ``forward`` and ``backward`` passes,
-        and ``cost``, its time in units of a bare forward and backward pass.
+        and ``cost``, its time in units of a bare forward and backward pass; ``made`` tells where
+        and with what it was computed. Older rows lack it.
 
     Raises:
         ValueError: a norm or a budget that there isn't.
@@ -137,11 +143,12 @@ def contest(
         code, kept = "-".join(map(digest, entry.code)), _stored(file, origin)
         if key in kept and (trust or kept[key]["code"] == code):
             continue
-        row = dict(zip(("norm", "steps", "attack"), key, strict=True)) | {"code": code}
+        row = dict(zip(("norm", "steps", "attack"), key, strict=True))
+        row |= {"code": code} | entry.made()  # before it is used: files may change meanwhile
         row |= _measure(model, some.x, some.y, entry.attack, key[0], key[1])
         with held(file):  # another process may have added rows meanwhile
             rows = list((_stored(file, origin) | {key: row}).values())
-            content = origin | provenance(packages=peers.LIBRARIES) | {"rows": rows}
+            content = origin | {"rows": rows}
             write_json(file, content)
         show(_line(network.name, row))
     return content or read(file) or {}

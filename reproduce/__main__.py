@@ -35,6 +35,7 @@ def make(given: argparse.Namespace) -> int:
     if given.list:
         print("\n".join(plan.items))
         return 0
+    plan.check()
     items = [plan.item(name) for name in dict.fromkeys(given.names or plan.items)]
     cells = [cell for item in items for cell in item.cells.values()]
     refuse_unknown(plan.only, sorted({cell.model for cell in cells}), "network")

@@ -24,7 +24,7 @@ from reproduce.files import held, read, write_json
 from reproduce.options import friendly, listed, refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
-from reproduce.versions import digest
+from reproduce.versions import digest, files
 
 __all__ = ["COLUMNS", "RECIPES", "Recipe", "distill", "main", "run"]
 
@@ -148,7 +148,8 @@ def run(recipes: Sequence[str], seeds: int, results: Path) -> None:
         ValueError: an unknown recipe.
     """
     refuse_unknown(recipes, RECIPES, "recipe")
-    origin = {"code": {CODE: digest(CODE)}} | provenance(place=torch.device("cpu"))
+    made = provenance(sorted(files(CODE)), place=torch.device("cpu"))
+    origin = {"code": {CODE: digest(CODE)}} | made
     for name in recipes:
         recipe = asdict(RECIPES[name])
         recipe["amplitudes"] = list(recipe["amplitudes"])

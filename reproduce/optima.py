@@ -20,7 +20,7 @@ from reproduce.files import held, read, write_json
 from reproduce.options import friendly, listed, refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
-from reproduce.versions import digest
+from reproduce.versions import digest, files
 
 __all__ = ["main", "path", "solve"]
 
@@ -72,7 +72,7 @@ def solve(
         "settings": settings,
         "code": {CODE: digest(CODE)},
     }
-    made = provenance(packages=("scipy",), place=torch.device("cpu"))
+    made = provenance(sorted(files(CODE)), packages=("scipy",), place=torch.device("cpu"))
     file = path(name, results)
     rows = _stored(file, origin, trust)
     model, test = zoo.load(name), data.load(wanted.data).test

@@ -28,8 +28,8 @@ def provenance(
 
     Returns:
         ``device`` (type, name, threads), ``versions``, ``commit``, and ``modified``: which of the
-        files differed from it, or weren't in it. The last two are None outside a repository,
-        and where there is no git.
+        files differed from it, or weren't in it; None where none were asked about. The last two
+        are None outside a repository, and where there is no git.
     """
     place = device() if place is None else place
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
@@ -44,7 +44,7 @@ def provenance(
 
 def _modified(files: list[Path]) -> list[str] | None:
     if not files:
-        return []
+        return None
     changed = _git("diff", "--name-only", "HEAD", "--", *files)
     unknown = _git("ls-files", "--others", "--full-name", "--", *files)
     if changed is None or unknown is None:

@@ -191,21 +191,24 @@ class Plan:
 
     @cached_property
     def items(self) -> dict[str, Item]:
-        """All tables and figures by name.
+        """All tables and figures by name."""
+        found = (
+            item
+            for path in sorted(self.settings.glob("*.yaml"))
+            for item in _items(path.stem, self.paper(path.stem))
+        )
+        return {item.name: item for item in found}
+
+    def check(self) -> None:
+        """Say at once what would come out after hours of computing: something mistyped.
 
         Raises:
             ValueError: a cell is of a network, a defense, an attack or a radius that there isn't.
         """
-        found = [
-            item
-            for path in sorted(self.settings.glob("*.yaml"))
-            for item in _items(path.stem, self.paper(path.stem))
-        ]
-        for item in found:
+        for item in self.items.values():
             for key, cell in [*item.cells.items(), (("clean",), item.clean)]:
                 if cell is not None and not cell.missing:
                     self._check(f"{item.name}, {', '.join(map(str, key))}", cell)
-        return {item.name: item for item in found}
 
     def item(self, name: str) -> Item:
         """A table or a figure.
@@ -218,7 +221,6 @@ class Plan:
         return self.items[name]
 
     def _check(self, where: str, cell: Cell) -> None:
-        """Say at once what would come out after hours of computing: something mistyped."""
         paper = self.paper(cell.paper)
         try:
             own = _entry(paper, "networks", cell.model)
@@ -344,7 +346,10 @@ class Plan:
     # ---------------------------------------------------------------------------------------- runs
 
     def runs(self, cell: Cell) -> list[Run]:
-        """The runs of a cell, one for each seed, on the first data set that there is."""
+        """The runs of a cell, one for each seed, on the first data set that there is.
+
+        One whose data are here counts if the cell may be run; one that has results, in any case.
+        """
         if cell.missing:
             return []
         own = _entry(self.paper(cell.paper), "networks", cell.model)
@@ -353,7 +358,7 @@ class Plan:
                 Run(Network(cell.paper, dataset, cell.model, cell.defense, seed), cell.attack)
                 for seed in range(own["seeds"])
             ]
-            if self.available(dataset) or any(self.record(run).is_file() for run in runs):
+            if any(self._makes(cell, run) or self.record(run).is_file() for run in runs):
                 break
         return runs
 
@@ -436,15 +441,18 @@ class Plan:
         if isinstance(subject, Run):
             settings = self.attack(subject)
             parts = ["vulnerable"] + ["_points"] * (settings.get("target") != "pair")
-            judges = ["adv.lab.committee.assemble"] if "judges" in settings else []
+            shared = ["adv.lab.evaluation.counting"]
+            shared += ["adv.lab.committee.assemble"] if "judges" in settings else []
         else:
-            recipe, judges = self.recipe(subject), []
+            recipe, shared = self.recipe(subject), ["adv.lab.models.build"]
+            if "'manifold'" in str(recipe["loss"]):  # of this loss, or of one that it joins
+                shared.append("adv.lab.generative.with_manifold")
             parts = ["_augmented"] if recipe["training"].get("augment") else []
             if recipe["model"]["name"] in GAMES:
                 parts.append("_game")
             else:
                 parts += ["_duel"] if "critic" in recipe else ["_fit", "_loss"]
-        return [loader, *judges, *(f"reproduce.steps.{part}{versions.ALONE}" for part in parts)]
+        return [loader, *shared, *(f"reproduce.steps.{part}{versions.ALONE}" for part in parts)]
 
     def _code(self, subject: Network | Run) -> list[str]:
         if isinstance(subject, Run):

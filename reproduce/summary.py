@@ -1,6 +1,6 @@
 """Tables and figures from the stored records, and from nothing else: mean and spread over seeds.
 
-``python -m reproduce.summary NAME`` writes one; the Snakefile's last two rules call it.
+``python -m reproduce.summary [NAME ...]`` writes them; the Snakefile's last two rules call it.
 """
 
 import argparse
@@ -282,19 +282,21 @@ def _why(plan: Plan, cell: Cell, records: list[Content], *names: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write a table or a figure."""
+    """Write tables and figures."""
     parser = argparse.ArgumentParser(prog="python -m reproduce.summary", description=__doc__)
-    parser.add_argument("name", help="such as convex-3 or convex-figure-3a")
+    told = "such as convex-figure-3a; default: all that are stored"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=told)
     Plan.options(parser)
     options = parser.parse_args(arguments)
     with friendly("reproduce.summary"):
         plan = Plan.given(options)
-        item = plan.item(options.name)
-        content = table(plan, item) if item.kind == "table" else figure(plan, item)
-        write_json(plan.output(item), content)
-        if item.kind == "figure":
-            with replacing(plan.picture(item)) as path:
-                path.write_bytes(draw(content))
+        stored = [name for name, item in plan.items.items() if plan.output(item).is_file()]
+        for item in map(plan.item, options.names or stored):
+            content = table(plan, item) if item.kind == "table" else figure(plan, item)
+            write_json(plan.output(item), content)
+            if item.kind == "figure":
+                with replacing(plan.picture(item)) as path:
+                    path.write_bytes(draw(content))
 
 
 if __name__ == "__main__":

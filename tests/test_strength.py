@@ -36,6 +36,9 @@ def test_rows_are_what_the_attacks_find(raced):
         assert 20 <= rows[name]["forward"] <= 30
         assert rows[name]["cost"] > 0
     assert content["images"] == list(range(6))
+    for name, row in rows.items():
+        assert row["made"]["device"]["type"] in ("cpu", "cuda", "mps"), name
+        assert "foolbox" in row["made"]["versions"]
 
 
 def test_a_stopped_race_goes_on_and_other_code_runs_again(raced):
@@ -175,7 +178,7 @@ def test_at_one_radius_what_is_left_is_what_attacks_leave(tmp_path, monkeypatch,
     assert radius.table(content).loc["pdpgd", 20] == sum(rows["pdpgd"]["left"])
     radius.contest(network, attacks=("pdpgd",), **chosen)
     assert len(lines) == 3, "nothing again"
-    file = radius.path(tmp_path)
+    file = radius.path(results=tmp_path)
     monkeypatch.setattr(radius, "path", lambda: file)
     monkeypatch.setattr(radius, "contest", pytest.fail)
     monkeypatch.setattr("sys.argv", ["benchmarks", "radius"])

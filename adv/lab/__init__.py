@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["device", "known"]
 
@@ -11,8 +13,10 @@ FEW = 12
 """Names of which a message lists all."""
 
 
-def device() -> torch.device:
+def device() -> "torch.device":
     """The fastest device at hand: CUDA, then Apple's MPS, then the CPU."""
+    import torch  # here, so that reproduce's plans, which compute nothing, start at once
+
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():

@@ -53,7 +53,7 @@ def test_what_is_mistyped_is_said_before_anything_runs(bench, part, change, mess
     entry |= change
     bench.write()
     with pytest.raises(ValueError, match=r"^convex-3, fcnn, \S+: .*" + message):
-        bench.plan().items  # noqa: B018
+        bench.plan().check()
 
 
 def test_networks_that_are_used_are_looked_at_too(bench):
@@ -66,10 +66,10 @@ def test_networks_that_are_used_are_looked_at_too(bench):
     bench.content["attacks"]["deepfool"]["uses"] = "wgan"
     bench.write()
     with pytest.raises(ValueError, match="the training of wgan has no mixed"):
-        bench.plan().items  # noqa: B018
+        bench.plan().check()
     del bench.content["networks"]["wgan"]["training"]["mixed"]
     bench.write()
-    assert bench.plan().items
+    bench.plan().check()
 
 
 def test_all_that_a_training_can_say_is_known(bench):
@@ -77,7 +77,7 @@ def test_all_that_a_training_can_say_is_known(bench):
     training = bench.content["networks"]["fcnn"]["training"]
     training |= dict.fromkeys(OF_STEPS, 1) | {"schedule": "cosine", "optimizer": "adam"}
     bench.write()
-    assert bench.plan().items
+    bench.plan().check()
     names = versions.arguments("adv.lab.training.fit")
     assert {"epochs", "lr", "schedule", "optimizer"} <= set(names)
     assert not {"model", "train"} & set(names)
@@ -95,6 +95,7 @@ def test_an_attack_is_refused_what_it_has_no_argument_for(bench):
 
 def test_the_stored_settings_name_arguments_of_their_attacks():
     plan = Plan(datasets=frozenset())
+    plan.check()
     runs = (run for item in plan.items.values() for c in item.needed for run in plan.runs(c)[:1])
     for run in set(runs):
         steps._check_options(plan.attack(run))

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from reproduce.files import sha256
+from reproduce import summary
+from reproduce.files import dumps, read, sha256
 from reproduce.plan import Network, Plan, Run
 
 DIGITS = Network("convex", "digits", "fcnn", "none", 0)
@@ -173,7 +174,7 @@ def mistyped(bench, message, **changes):
     column |= changes
     bench.write()
     with pytest.raises(ValueError, match=message):
-        bench.plan().items  # noqa: B018
+        bench.plan().check()
     column.clear()
     column |= before
 
@@ -192,11 +193,11 @@ def test_what_is_mistyped_in_a_cell_is_said_before_anything_runs(bench):
     bench.content["tables"]["3"]["columns"]["rho1"] |= {"value": "fooling", "at": 0.1}
     bench.content["tables"]["3"]["rows"]["other"] = {"model": "fcnnn", "missing": "no such network"}
     bench.write()
-    assert bench.plan().items
+    bench.plan().check()
     bench.content["figures"]["3a"]["clean"]["attack"] = "claen"
     bench.write()
     with pytest.raises(ValueError, match="convex-figure-3a, clean: no 'claen' in attacks"):
-        bench.plan().items  # noqa: B018
+        bench.plan().check()
 
 
 def test_weights_at_hand_are_those_of_the_record(bench):
@@ -230,3 +231,29 @@ def test_the_stored_settings_fit_the_papers_tables():
             for run in plan.runs(cell):
                 assert plan.versions(run)
                 assert plan.versions(run.network)
+
+
+def test_the_stored_tables_and_figures_are_what_the_stored_records_give():
+    """If not, ``python -m reproduce.summary --datasets=...`` writes them again."""
+    datasets = {path.name for path in Plan().results.glob("*/*") if path.is_dir()}
+    plan = Plan(datasets=frozenset(datasets))
+    for item in plan.items.values():
+        if (stored := read(plan.output(item))) is not None:
+            made = summary.table if item.kind == "table" else summary.figure
+            assert json.loads(dumps(made(plan, item))) == stored, item.name
+
+
+def test_of_networks_that_are_not_asked_for_stored_results_count(bench):
+    """Also where this machine has a data set that comes first, and no results on it."""
+    network = bench.content["networks"]["fcnn"]
+    network["data"] = ["mnist", "digits"]
+    bench.write()
+    kept = Network("convex", "digits", "fcnn", "none", 0)
+    datasets = frozenset({"mnist", "digits"})
+    plan = bench.plan(datasets=datasets)
+    cell = plan.items["convex-3"].cells["fcnn", "test-error"]
+    pretend(plan, Run(kept, cell.attack))
+    assert {run.network.dataset for run in plan.runs(cell)} == {"mnist"}
+    for chosen in ({"only": ("nin",)}, {"skip": (cell.attack,)}):
+        runs = bench.plan(datasets=datasets, **chosen).runs(cell)
+        assert {run.network.dataset for run in runs} == {"digits"}

@@ -155,6 +155,7 @@ EDITS = [
         {"train", "pgd", "own"},
     ),
     ("adv/lab/committee.py", "SVC(C=penalty)", "SVC(C=2 * penalty)", {"own"}),
+    ("adv/lab/models.py", "nn.init.xavier_uniform_(", "nn.init.xavier_normal_(", {"train"}),
 ]
 
 

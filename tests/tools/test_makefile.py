@@ -45,3 +45,17 @@ def test_an_environment_that_was_half_made_is_made_again(tmp_path):
         assert done.returncode
         assert "apt install python3-venv" in done.stdout
         assert log.read_text().count("-m venv") == runs
+
+
+def test_a_switch_back_to_earlier_pins_installs_again(tmp_path):
+    pip, log = tmp_path / "venv/bin/pip", tmp_path / "log"
+    pip.parent.mkdir(parents=True)
+    pip.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    pip.chmod(0o755)
+    (pip.parent / "python").touch()
+    runs = []
+    for pins in ("1", "1", "2", "1"):
+        target = f"{tmp_path}/venv/.book-{pins}"
+        assert make(f"VENV={tmp_path}/venv", f"PINS={pins}", target).returncode == 0
+        runs.append(log.read_text().count("install"))
+    assert runs == [1, 1, 2, 3]
