@@ -468,13 +468,15 @@ def _friendly() -> Iterator[None]:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default", UserWarning)
-            yield
+            try:
+                yield
+            finally:  # before an error, too, which they may explain
+                for warning in caught:
+                    typer.echo(f"warning: {warning.message}", err=True)
     except EXPECTED as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         typer.echo(f"adv: {text or type(error).__name__}", err=True)
         raise typer.Exit(1) from error
-    for warning in caught:
-        typer.echo(f"warning: {warning.message}", err=True)
 
 
 if __name__ == "__main__":

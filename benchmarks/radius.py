@@ -18,9 +18,10 @@ from adv.attacks.gradient import pgd
 from adv.attacks.pdpgd import pdpgd
 from adv.lab import peers
 from adv.lab.evaluation import counting, minimal_norms, perturb, success
+from adv.lab.files import held
 from benchmarks import strength
 from benchmarks.strength import RESULTS, SEED, Entry, Network, scene
-from reproduce.files import held, read, write_json
+from reproduce.files import read, write_json
 from reproduce.versions import digest
 
 __all__ = ["NETWORK", "contest", "path", "table"]
@@ -86,7 +87,7 @@ def contest(
             continue
         row: dict[str, Any] = {"steps": steps, "attack": name, "code": code} | entry.made()
         row |= _measure(model, some.x, some.y, entry.attack, steps)
-        with held(file):  # another process may have added rows meanwhile
+        with held(file.parent):  # another process may have added rows meanwhile
             rows = list((_stored(file, origin) | {(steps, name): row}).values())
             content = origin | {"rows": rows}
             write_json(file, content)

@@ -25,7 +25,8 @@ from adv.attacks.pdpgd import pdpgd
 from adv.attacks.penalty import carlini_wagner
 from adv.lab import data, device, peers, zoo
 from adv.lab.evaluation import counting, minimal_norms
-from reproduce.files import held, read, write_json
+from adv.lab.files import held
+from reproduce.files import read, write_json
 from reproduce.options import refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
@@ -146,7 +147,7 @@ def contest(
         row = dict(zip(("norm", "steps", "attack"), key, strict=True))
         row |= {"code": code} | entry.made()  # before it is used: files may change meanwhile
         row |= _measure(model, some.x, some.y, entry.attack, key[0], key[1])
-        with held(file):  # another process may have added rows meanwhile
+        with held(file.parent):  # another process may have added rows meanwhile
             rows = list((_stored(file, origin) | {key: row}).values())
             content = origin | {"rows": rows}
             write_json(file, content)

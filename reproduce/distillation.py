@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from adv.lab.files import held
 from adv.lab.training import DivergenceError
 from adv.theory.sensing import FourierSignals, gaussian_encoder, matched
-from reproduce.files import held, read, write_json
+from reproduce.files import read, write_json
 from reproduce.options import friendly, listed, refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
@@ -160,7 +161,7 @@ def run(recipes: Sequence[str], seeds: int, results: Path) -> None:
             start = time.process_time()
             measured = distill(RECIPES[name], seed)
             seconds = {"seconds": round(time.process_time() - start, 1)}
-            with held(results):  # another process may have added rows meanwhile
+            with held(results.parent):  # another process may have added rows meanwhile
                 rows = _stored(results, origin)
                 rows = [row for row in rows if (row["recipe"], row["seed"]) != (name, seed)]
                 rows.append(key | measured | seconds)

@@ -1,18 +1,15 @@
-"""JSON that is pleasant to read and to compare, and digests."""
+"""JSON that is pleasant to read and to compare."""
 
-import fcntl
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adv.lab.files import replacing
 
-__all__ = ["digest", "dumps", "held", "read", "sha256", "write_json"]
+__all__ = ["digest", "dumps", "read", "write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -33,28 +30,6 @@ def read(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Let no other process that asks for this too read and write a file of this folder meanwhile.
-
-    For moments: what is there is read again, added to and written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some clusters' folders have no locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
-def sha256(path: Path) -> str:
-    """A file's digest."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: Any) -> str:

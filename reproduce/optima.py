@@ -15,8 +15,9 @@ from typing import Any, get_args
 import torch
 
 from adv.lab import data, zoo
+from adv.lab.files import held
 from adv.theory.exact import Kind, minimal_perturbation
-from reproduce.files import held, read, write_json
+from reproduce.files import read, write_json
 from reproduce.options import friendly, listed, refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
@@ -96,7 +97,7 @@ def solve(
                     "nodes": proved.nodes,
                 }
             )
-            with held(file):  # other processes may solve other norms
+            with held(file.parent):  # other processes may solve other norms
                 theirs = _stored(file, origin, trust).items()
                 rows |= {k: v for k, v in theirs if k != norm and len(v) > len(rows.get(k, ()))}
                 content = origin | made | {"norms": rows}

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
+from adv.lab.files import sha256
 from reproduce import versions
-from reproduce.files import read, sha256
+from reproduce.files import read
 from reproduce.options import listed, refuse_unknown
 
 __all__ = ["Cell", "Item", "Network", "Plan", "Run", "Task"]

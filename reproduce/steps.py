@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from adv.lab import data, device, models, peers
+from adv.lab.checkpoints import save_weights
 from adv.lab.committee import Committee, assemble
 from adv.lab.duel import Duel, fit_critic, new_critic
 from adv.lab.evaluation import counting, perturb, success
-from adv.lab.files import replacing
+from adv.lab.files import replacing, sha256
 from adv.lab.generative import VAEManifold, fit_wgan, with_manifold
 from adv.lab.training import History, cross_entropy, fit, mixed
 from reproduce import defended, pairs, versions
-from reproduce.files import digest, read, sha256, write_json
+from reproduce.files import digest, read, write_json
 from reproduce.measures import MEASURES, Sample
 from reproduce.origin import provenance
 from reproduce.plan import Network, Plan, Run
@@ -89,10 +90,7 @@ def train(plan: Plan, network: Network) -> None:
         if isinstance(model, models.WGAN)
         else _fit(model, images, recipe, loss, checkpoint, val)
     )
-    with replacing(plan.weights(network)) as path:
-        tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(tensors, path)
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    save_weights(model, plan.weights(network))
     record = {
         "values": {"loss": history.loss[-1], "epochs": len(history.loss)} | _verdict(history),
         "images": len(images),

@@ -373,6 +373,21 @@ def test_warnings_are_one_line_each(here):
     assert "gradient vanished" in result.stderr
 
 
+def test_a_warning_is_said_before_the_error_that_it_explains(here):
+    (here / "strange.py").write_text(
+        "import warnings\n"
+        "def Strange():\n"
+        "    warnings.warn('all weights are zero')\n"
+        "    raise ValueError('no network')\n"
+    )
+    result = run("evaluate", "strange:Strange", *BASE)
+    assert result.exit_code == 1
+    warning, error = result.stderr.splitlines()
+    assert warning == "warning: all weights are zero"
+    assert error.startswith("adv: ")
+    assert "no network" in error
+
+
 def test_a_terminal_without_a_table_s_characters_gets_others(here):
     """The dash of an empty cell is not in Latin-1."""
     code = "from adv import __main__ as cli; cli._percent = lambda share: chr(0x2014); cli.app()"

@@ -23,7 +23,7 @@ import yaml
 
 import book
 
-COPIED = ("adv", "book", "reproduce", "tools", "_config.yml", "_toc.yml", "constraints.txt")
+COPIED = ("adv", "book", "reproduce", "tools", "_config.yml", "_toc.yml")
 
 
 def copy_project(target: Path) -> None:

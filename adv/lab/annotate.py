@@ -18,7 +18,7 @@ import math
 import sqlite3
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -322,7 +322,8 @@ class Study:
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows([_harmless(value) for value in row] for row in self._rows())
+        rows = self.answers().itertuples(index=False)
+        writer.writerows([_harmless(value) for value in row] for row in rows)
         return file.getvalue()
 
     def judgments(self, *, level: float = 0.95) -> dict[str, committee.Judgment]:
@@ -346,9 +347,6 @@ class Study:
     def table(self, *, level: float = 0.95) -> pd.DataFrame:
         """``judgments`` as ``lab.committee.table`` prints them."""
         return committee.table(self.judgments(level=level))
-
-    def _rows(self) -> Iterator[Sequence[Any]]:
-        yield from self.answers().itertuples(index=False)
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:

@@ -1,6 +1,7 @@
-"""A training's file: written whole or not at all, and read by the training that wrote it alone.
+"""A training's files, written whole or not at all: its checkpoint, and the weights at its end.
 
-``fit``, ``fit_wgan`` and ``fit_critic`` keep in it what an epoch leaves behind for the next.
+In a checkpoint ``fit``, ``fit_wgan`` and ``fit_critic`` keep what an epoch leaves behind for the
+next; only the training that wrote it reads it.
 """
 
 import copy
@@ -13,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adv.lab.files import replacing
 
-__all__ = ["checksums", "described", "load", "save"]
+__all__ = ["checksums", "described", "load", "save", "save_weights"]
 
 LONGEST = 80
 """Characters of a setting that an error shows."""
@@ -35,6 +37,19 @@ def save(path: Path | str, settings: Mapping[str, Any], state: Mapping[str, Any]
     """
     with replacing(path) as draft, draft.open("wb") as file:
         torch.save(_plain({"settings": dict(settings), "state": dict(state)}), file)
+
+
+def save_weights(model: nn.Module, path: Path | str) -> None:
+    """Write a network's parameters and buffers as safetensors that everyone may read.
+
+    Args:
+        model: on any device.
+        path: the file; its folder is made where there is none.
+    """
+    tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    with replacing(Path(path).resolve()) as draft:
+        save_file(tensors, draft)
+        draft.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def load(path: Path | str, settings: Mapping[str, Any]) -> dict[str, Any] | None:

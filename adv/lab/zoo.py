@@ -5,29 +5,30 @@ seed, and the attack under which its accuracy is stated), written by people, and
 accuracies or PSNR, time, device), written by ``store``.
 """
 
-import hashlib
+import copy
 import importlib
 import json
 import os
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adv.lab
 from adv.defenses.generative import AnalysisBySynthesis
 from adv.lab import data, models
+from adv.lab.checkpoints import save_weights
 from adv.lab.duel import fit_critic, new_critic
 from adv.lab.evaluation import accuracy, psnr, robust_accuracy
-from adv.lab.files import replacing
+from adv.lab.files import held, replacing, sha256
 from adv.lab.generative import elbo, fit_wgan, with_manifold
 from adv.lab.training import Loss, Score, colorization, cross_entropy, fit, reconstruction
 
@@ -190,7 +191,7 @@ def load(name: str, device: torch.device | str | None = None) -> nn.Module:
     remedy = f"{wanted.command} --store"
     if not wanted.path.is_file():
         raise FileNotFoundError(f"no weights at {wanted.path}; make them with: {remedy}")
-    recorded, found = wanted.record.get("sha256"), _sha256(wanted.path)
+    recorded, found = wanted.record.get("sha256"), sha256(wanted.path)
     if found != recorded:
         raise ValueError(
             f"{wanted.path} has sha256 {found}, its record says {recorded}: the file was changed "
@@ -232,7 +233,8 @@ def train(name: str, out: Path | str | None = None, *, progress: bool = True) ->
     stored = _stored(name)
     model, made = _make(wanted, progress)
     if out is not None:
-        made |= {"sha256": _write(model, Path(out))}
+        save_weights(model, out)
+        made |= {"sha256": sha256(out)}
     return Comparison(
         name=name,
         made=made,
@@ -260,7 +262,7 @@ def store(name: str, *, progress: bool = True) -> Comparison:
     with tempfile.TemporaryDirectory(dir=WEIGHTS, prefix=".") as folder:
         weights = Path(folder) / wanted.path.name
         told = replace(train(name, weights, progress=progress), path=wanted.path)
-        with _lock(), replacing(WEIGHTS / MANIFEST) as manifest:
+        with held(WEIGHTS), replacing(WEIGHTS / MANIFEST) as manifest:
             # Read again: another recipe may have been stored while this one was training.
             entries = _manifest()
             entries[name]["record"] = dict(told.made)
@@ -385,24 +387,15 @@ def _resolve(package: str, name: str) -> Callable[..., Any]:
 
 
 def _manifest() -> dict[str, dict[str, Any]]:
-    return tomllib.loads((WEIGHTS / MANIFEST).read_text(encoding="utf-8"))
+    path = WEIGHTS / MANIFEST
+    now = path.stat()
+    return copy.deepcopy(_parsed(path, (now.st_ino, now.st_mtime_ns, now.st_size)))
 
 
-@contextmanager
-def _lock() -> Iterator[None]:
-    """Keeps other processes from storing, where the system and the folder have locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    folder = os.open(WEIGHTS, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network folders have no locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
+@cache
+def _parsed(path: Path, _state: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """Parsing takes as long as loading a network: once, until the file is another."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def _check_writable(path: Path) -> None:
@@ -411,19 +404,6 @@ def _check_writable(path: Path) -> None:
         raise ValueError(f"{path} is no file; give the name of one to write the weights to")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"no file can be written in {path.parent}")
-
-
-def _write(model: nn.Module, path: Path) -> str:
-    tensors: dict[str, Tensor] = {k: v.contiguous() for k, v in model.state_dict().items()}
-    with replacing(path.resolve()) as new:
-        save_file(tensors, new)
-        new.chmod(0o644)  # safetensors writes files that only their owner can read
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 HEADER = """\

@@ -115,7 +115,6 @@ def small_book(tmp_path):
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, tmp_path / name)
-    (tmp_path / "constraints.txt").write_text("")
     (tmp_path / "book").mkdir()
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/tiny\n")
     header = (ROOT / "book/geometry.md").read_text().split("---")[1]

@@ -1,8 +1,11 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and changed by one at a time."""
+
+import hashlib
+import threading
 
 import pytest
 
-from adv.lab.files import replacing
+from adv.lab.files import held, replacing, sha256
 
 
 def test_a_file_takes_its_place_when_it_is_complete(tmp_path):
@@ -38,3 +41,24 @@ def test_two_writers_do_not_share_the_draft(tmp_path):
             other.write_text("other")
         assert path.read_text() == "other"
     assert path.read_text() == "one"
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    folder, got = tmp_path / "new", threading.Event()
+
+    def other():
+        with held(folder):
+            got.set()
+
+    thread = threading.Thread(target=other)
+    with held(folder):
+        thread.start()
+        assert not got.wait(0.3)
+    thread.join(timeout=20)
+    assert got.is_set()
+
+
+def test_a_digest_is_of_the_content(tmp_path):
+    (tmp_path / "a").write_bytes(b"adversarial" * 1000)
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"adversarial" * 1000).hexdigest()

@@ -17,6 +17,7 @@ from sklearn.decomposition import PCA
 from adv.attacks.gradient import pgd
 from adv.defenses.generative import AnalysisBySynthesis
 from adv.lab import data, zoo
+from adv.lab.files import held
 from adv.lab.generative import VAEManifold
 from adv.lab.models import build, join_color, split_color
 from adv.lab.training import cross_entropy
@@ -359,7 +360,7 @@ def test_storing_waits_for_another_and_keeps_what_it_wrote(tiny):
     manifest = tiny / zoo.MANIFEST
     other = '["tiny/other"]\ndata = "digits"\nmodel = { name = "mlp" }\ntraining = {}\n'
     with ThreadPoolExecutor(1) as pool:
-        with zoo._lock():
+        with held(tiny):
             told = pool.submit(store, "tiny/plain")
             while not told.done() and not list(tiny.glob("*/*.safetensors")):  # it trains
                 time.sleep(0.01)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adv.lab.files import sha256
 from reproduce import steps, summary, versions
 from reproduce.__main__ import _parser, main
-from reproduce.files import dumps, read, sha256, write_json
+from reproduce.files import dumps, read, write_json
 from reproduce.options import friendly
 from reproduce.plan import OF_STEPS, Network, Plan, Run
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from adv.attacks.latent import latent_fgsm, reconstruct
 from adv.attacks.representation import match
 from adv.lab import data, models
+from adv.lab.files import sha256
 from adv.lab.generative import VAEManifold
 from reproduce import pairs, steps, summary
-from reproduce.files import read, sha256, write_json
+from reproduce.files import read, write_json
 from reproduce.measures import MEASURES, Sample
 from reproduce.plan import ROOT, Network, Plan, Run
 

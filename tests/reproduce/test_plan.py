@@ -5,8 +5,9 @@ import math
 
 import pytest
 
+from adv.lab.files import sha256
 from reproduce import summary
-from reproduce.files import dumps, read, sha256
+from reproduce.files import dumps, read
 from reproduce.plan import Network, Plan, Run
 
 DIGITS = Network("convex", "digits", "fcnn", "none", 0)

@@ -16,9 +16,10 @@ from adv.attacks.gradient import pgd
 from adv.lab import data, models, peers
 from adv.lab.claims import compare
 from adv.lab.evaluation import psnr
+from adv.lab.files import sha256
 from adv.lab.training import fit
 from reproduce import steps, summary
-from reproduce.files import dumps, read, sha256, write_json
+from reproduce.files import dumps, read, write_json
 from reproduce.measures import MEASURES, Sample
 from reproduce.plan import Network, Plan, Run
 
