@@ -2,6 +2,7 @@
 
 import io
 import sys
+import tomllib
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 from adv.lab import claims
-from adv.lab.claims import abridged, claim, compare, erratum, escape, paper
+from adv.lab.claims import abridged, claim, compare, erratum, escape, paper, stored
 
 PAPER = {
     "tables": [
@@ -204,3 +205,22 @@ def test_the_repository_files_are_found(root):
         for table in source.get("tables", []):
             shown = compare(name, table["id"])
             assert shown.shape == (len(table["rows"]), 2 * len(table["columns"]))
+
+
+def test_stored_results_are_read_from_a_checkout_or_a_wheel(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RESULTS", (tmp_path / "absent", tmp_path))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "one.json").write_text('{"rows": ["ä", 2.5]}', encoding="utf-8")
+    assert stored("deep/one") == {"rows": ["ä", 2.5]}
+    with pytest.raises(KeyError, match="no stored result 'other'"):
+        stored("other")
+    assert stored("other", {"rows": []}) == {"rows": []}
+
+
+def test_a_wheel_holds_what_the_chapters_read():
+    """The launch button of a page installs one, and has no checkout."""
+    settings = tomllib.loads((claims.PACKAGE.parent / "pyproject.toml").read_text())
+    given = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    for checkout, package in (claims.FOLDERS, claims.RESULTS):
+        there = checkout.relative_to(claims.PACKAGE.parent).as_posix()
+        assert given[there] == package.relative_to(claims.PACKAGE.parent).as_posix()
