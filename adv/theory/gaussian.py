@@ -399,7 +399,9 @@ def multiplier(
         var: (..., d) variances of the points that are attacked; by default ``lam``.
 
     Returns:
-        (...) multipliers, above the threshold $\max_iw_i/\lambda_i$.
+        (...) multipliers, above the threshold $t=\max_iw_i/\lambda_i$. The budget depends on $L-t$,
+        of which a large one leaves $L$ few digits: ``budget`` gives $\epsilon^2$ back only up to a
+        share of about $10^{-15}L/(L-t)$.
 
     Raises:
         ValueError: a budget that is not positive, or so large that its multiplier can't be told

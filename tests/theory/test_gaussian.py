@@ -239,6 +239,15 @@ def test_multiplier_and_budget_are_inverse(lam, eps, k):
         assert saddle_budget(lam, 1.01 * a, w) < eps**2
 
 
+@pytest.mark.parametrize("eps", [1.0, 1e3, 1e5, 1e8])
+def test_a_multiplier_near_its_threshold_keeps_few_digits(eps):
+    lam = vector(4, 1e-12)
+    L = multiplier(lam, eps)
+    lost = abs(budget(lam, L) / eps**2 - 1)
+    assert lost < 1e-15 * L / (L - 1e12)
+    assert lost > 1e-5 or eps < 1e8
+
+
 def test_multipliers_of_a_batch():
     lam = torch.stack([LAM, 2 * LAM])
     eps = torch.tensor([[0.1], [1.0], [5.0]])
