@@ -213,7 +213,9 @@ def unrolled(
     with the steps $r_i$ of ``confidence_step`` and $I_l=1$ while $p_t<c$ before step $l$, else 0.
     An indicator has no useful derivative. Written as $I=\mathrm{round}(\sigma(c-p_t))$, it gets
     that of $\sigma(c-p_t)$, as if nothing had been rounded ("straight-through"). Nothing is
-    clipped to a box, and the last point is returned whether it has reached $c$ or not.
+    clipped to a box, and the last point is returned whether it has reached $c$ or not. In float32
+    a sample that the model takes for ``target`` by a margin of about 50 or more has a $w$ so short
+    that the gradient is not finite; near a margin of 100 the point is not either.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits; used in evaluation mode.
