@@ -22,6 +22,7 @@ from adv.lab.claims import escape
 CLAIM = re.compile(r"^✓ (?!erratum )(.+?): (.+)$", re.MULTILINE)
 ERRATUM = re.compile(r"^✓ erratum ([\w-]+)/(E\d+)\b", re.MULTILINE)
 COMPARED = re.compile(r"compare\(\s*[\"']([\w-]+)[\"']")
+ANNOUNCED = re.compile(r"Table ([\w.-]+?)\. ")
 STRING = re.compile(r"(f?)\"([^\"\n]+)\"|(f?)'([^'\n]+)'")
 KINDS = {
     "paper": "in the source",
@@ -140,6 +141,8 @@ def read_chapter(file: Path, linked: bool, papers: dict[str, Any]) -> Chapter:
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
     title = next((m[1] for text in texts if (m := re.search(r"^# (.+)$", text, re.M))), file.stem)
     chapter = Chapter(file.stem, title, linked)
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names = dict.fromkeys(COMPARED.findall("\n".join(sources)))
     for cell in cells:
         if cell["cell_type"] != "code":
             continue
@@ -147,7 +150,9 @@ def read_chapter(file: Path, linked: bool, papers: dict[str, Any]) -> Chapter:
         printed = "\n".join(said(output) for output in outputs)
         chapter.claims += CLAIM.findall(printed)
         chapter.errata |= set(ERRATUM.findall(printed))
-        for key, cells_of_ours in compared("".join(cell["source"]), outputs, papers):
+        shown = list(compared("".join(cell["source"]), outputs, papers))
+        shown += announced(outputs, {name: papers[name] for name in names if name in papers})
+        for key, cells_of_ours in shown:
             chapter.tables.setdefault(key, set()).update(cells_of_ours)
     return chapter
 
@@ -179,6 +184,27 @@ def compared(
                 break
     if not shown:  # compared without a table, such as in a figure
         yield from ((key, set()) for key in named)
+
+
+def announced(outputs: list[Any], papers: dict[str, Any]) -> Iterator[tuple[Cell, set[Cell]]]:
+    """The published tables of these papers that follow a line "Table 5.1-l2. ...".
+
+    The call of ``compare`` may stand in a function of another cell.
+    """
+    keys: list[Cell] = []
+    for output in outputs:
+        data = output.get("data", {})
+        if line := ANNOUNCED.match("".join(data.get("text/markdown", ""))):
+            known = [(name, table["id"]) for name in papers for table in papers[name]["tables"]]
+            keys = [key for key in known if key[1] == line[1]]
+        elif "text/html" in data:
+            parser = Comparisons()
+            parser.feed("".join(data["text/html"]))
+            for key in keys if parser.tables else ():
+                beside = any({"paper", "ours"} <= set(row) for row in parser.tables[0])
+                cells = cells_of_ours(parser.tables[0], published(papers, key)) if beside else None
+                yield key, cells or set()
+            keys = []
 
 
 def mentioned(source: str, papers: dict[str, Any]) -> Iterator[Cell]:
@@ -278,7 +304,7 @@ def erratum_lines(papers: dict[str, Any], chapters: list[Chapter]) -> list[str]:
         items = []
         for erratum in paper["errata"]:
             where = [c.link for c in chapters if (name, erratum["id"]) in c.errata]
-            status = f"Checked in {', '.join(where)}." if where else "*Not yet checked.*"
+            status = f"Checked in {', '.join(where)}." if where else "*Read, not computed.*"
             items.append(
                 f"- **{erratum['id']}**, {escape(erratum['where'])}, {KINDS[erratum['kind']]}: "
                 f"{escape(erratum['text'])} {status}"

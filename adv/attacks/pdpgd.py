@@ -162,7 +162,8 @@ THESIS = Settings(
     radius=0.5,
     finetune=True,
 )
-"""The settings of the thesis, filled in from its author's code where the text is silent."""
+"""The settings of the thesis, filled in from its author's code where the text is silent. Finetuning
+begins at the equilibrium's multiplier, the author's at the one recorded with the best point."""
 
 
 def pdpgd(

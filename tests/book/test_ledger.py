@@ -111,7 +111,7 @@ def test_errata_tell_where_they_are_checked(book):
         r"Printed $<$, right is $\le_*$. Checked in {doc}`zeta`."
     )
     assert line(text, "- **E2**").endswith(
-        r"A \| b, 100 \$ and \`x\` \*y\* \{z\}. *Not yet checked.*"
+        r"A \| b, 100 \$ and \`x\` \*y\* \{z\}. *Read, not computed.*"
     )
     assert "0 claims in 1 chapter." in text  # a checked erratum is no claim
     assert r"A \[paper\] on $x_1$ {cite}`someone2020`." in text
@@ -156,6 +156,22 @@ def test_what_compare_shows_is_recognized():
     assert dict(ledger.compared(source, shown, papers)) == {
         ("pdpgd", "5.3-l1"): {("2.5", "fab-1"), ("10", "fab-1"), ("10", "pdpgd-100")}
     }
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_table_that_a_function_of_another_cell_shows_counts(book, beside):
+    helper = code('def show(table):\n    display(compare("someone", table, rows))')
+    html = comparison(["1", "—", "3", "—"]) if beside else "<table><tr><td>1</td></tr></table>"
+    line_above = {"data": {"text/markdown": ["Table 1-linf. Accuracy. Ours: none."]}}
+    unrelated = {"data": {"text/markdown": ["Table 1-l2. Methods. Its cells are lost."]}}
+    table = {"data": {"text/html": [html]}}
+    shown = code("for table in tables: show(table)") | {"outputs": [unrelated, line_above, table]}
+    text = ledger.page(book(zeta=[helper, shown]))
+    ours = "ours for 1 of 3" if beside else "ours for 0 of 3"
+    assert f"Shown in {{doc}}`zeta`; {ours}" in line(text, "- **1-linf**")
+    assert "*Not shown*" in line(text, "- **1-l2**")  # a line without a table
+    text = ledger.page(book(zeta=[shown]))
+    assert "*Not shown*" in line(text, "- **1-linf**")  # nothing is compared with this paper
 
 
 def test_results_count_too_and_files_of_other_kinds_are_passed_over(book):
