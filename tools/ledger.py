@@ -208,16 +208,21 @@ def announced(outputs: list[Any], papers: dict[str, Any]) -> Iterator[tuple[Cell
 
 
 def mentioned(source: str, papers: dict[str, Any]) -> Iterator[Cell]:
-    """The tables that calls of ``compare`` can mean: ids quoted in the cell, also by f-strings."""
+    """The tables that calls of ``compare`` can mean: ids quoted in the cell, also by f-strings.
+
+    Those quoted as they are come first: an f-string of one name matches every id.
+    """
     strings = [(m[1] or m[3], m[2] or m[4]) for m in STRING.finditer(source)]
-    patterns = [
-        re.sub(r"\\\{.*?\\\}", ".+", re.escape(text)) if prefix else re.escape(text)
-        for prefix, text in strings
+    plain = [re.escape(text) for prefix, text in strings if not prefix]
+    formed = [re.sub(r"\\\{.*?\\\}", ".+", re.escape(text)) for prefix, text in strings if prefix]
+    found = [
+        (name, table["id"])
+        for patterns in (plain, formed)
+        for name in dict.fromkeys(COMPARED.findall(source))
+        for table in papers.get(name, {}).get("tables", [])
+        if any(re.fullmatch(pattern, table["id"]) for pattern in patterns)
     ]
-    for name in dict.fromkeys(COMPARED.findall(source)):
-        for table in papers.get(name, {}).get("tables", []):
-            if any(re.fullmatch(pattern, table["id"]) for pattern in patterns):
-                yield name, table["id"]
+    yield from dict.fromkeys(found)
 
 
 def published(papers: dict[str, Any], key: Cell) -> dict[str, Any]:

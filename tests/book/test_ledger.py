@@ -158,6 +158,17 @@ def test_what_compare_shows_is_recognized():
     }
 
 
+def test_an_f_string_elsewhere_in_the_cell_does_not_hide_which_table_is_meant():
+    """Two tables of one paper have the same rows and columns."""
+    papers = {"manifold": yaml.safe_load((ROOT / "reproduce/paper/manifold.yaml").read_text())}
+    ours = {"clean": {"std": 68.5}}
+    shown = [{"data": {"text/html": [compare("manifold", "1-cifar10", ours).to_html()]}}]
+    source = 'glue("x", f"{value}")\ncompare("manifold", "1-cifar10", ours)'
+    assert dict(ledger.compared(source, shown, papers)) == {
+        ("manifold", "1-cifar10"): {("clean", "std")}
+    }
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_table_that_a_function_of_another_cell_shows_counts(book, beside):
     helper = code('def show(table):\n    display(compare("someone", table, rows))')
