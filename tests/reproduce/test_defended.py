@@ -119,6 +119,7 @@ def test_a_game_is_trained_and_recorded(plan):
         "adv.lab.models._MODELS[wgan]",
         "adv.lab.generative.fit_wgan",
         "adv.lab.data._LOADERS[digits]",
+        "adv.lab.models.build",
         "reproduce.steps._game (alone)",
     ]
     other = read(plan.record(Network("small", "digits", "vaes", "none", 0)))
