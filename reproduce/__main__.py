@@ -16,8 +16,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from reproduce.files import read
+from reproduce.items import Item, Run
 from reproduce.options import friendly, refuse_unknown
-from reproduce.plan import ROOT, Item, Plan, Run, Task
+from reproduce.plan import ROOT, Plan, Task
 
 HERE = Path(__file__).resolve().parent
 

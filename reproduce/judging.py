@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from adv.lab import data, models
 from adv.lab.annotate import Collection, collect
+from reproduce.items import Item, Run
 from reproduce.options import friendly
-from reproduce.plan import Item, Plan, Run
+from reproduce.plan import Plan
 from reproduce.steps import chosen, perturbed
 
 __all__ = ["images", "main"]

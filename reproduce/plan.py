@@ -1,4 +1,4 @@
-"""What there is to compute: the settings' tables and figures, the runs they need, what is missing.
+"""What there is to compute for the settings' tables and figures: which runs, which of them anew.
 
 Nothing is computed here: the Snakefile is read anew by every job.
 """
@@ -8,8 +8,8 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -18,92 +18,17 @@ import yaml
 
 from adv.lab.files import sha256
 from reproduce import versions
+from reproduce.code_of import GAMES, Code, of_attack, of_training
 from reproduce.files import read
+from reproduce.items import Cell, Item, Network, Run, Settings, of_paper
 from reproduce.options import listed, refuse_unknown
 
-__all__ = ["Cell", "Item", "Network", "Plan", "Run", "Task"]
+__all__ = ["Plan", "Task"]
 
 ROOT = Path(__file__).resolve().parents[1]
-Settings = dict[str, Any]
-# Networks that are trained by a game of two, and entries of ``training`` that are no arguments of
-# ``lab.training.fit``: steps.py makes something of them.
-GAMES = ("wgan", "dc-gan")
+# Entries of ``training`` that are no arguments of ``lab.training.fit``: steps.py makes something of
+# them.
 OF_STEPS = ("augment", "best", "mixed", "warmup", "weight_decay")
-
-
-@dataclass(frozen=True)
-class Network:
-    """One trained network: the wildcards of the rule ``train``."""
-
-    paper: str
-    dataset: str
-    model: str
-    defense: str
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """Where its files are, below the folders of results and of work."""
-        return f"{self.paper}/{self.dataset}/{self.model}/{self.defense}/seed-{self.seed}"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A network under one attack: the wildcards of the rules ``attack`` and ``measure``."""
-
-    network: Network
-    attack: str
-
-    def __str__(self) -> str:
-        return f"{self.network.folder}/{self.attack}"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number, or one curve, before its seeds are averaged: which runs give it, and which value.
-
-    Args:
-        paper: the source's name.
-        model: a network of its settings.
-        defense: one of its defenses.
-        attack: one of its attacks.
-        value: the measured value's name.
-        at: the radius at which a list of values is read; None for a number, or the whole list.
-        scale: what a value is multiplied with, such as 100 for percent.
-        missing: why there can be no number; nothing is run for it.
-    """
-
-    paper: str
-    model: str
-    attack: str = ""
-    value: str = ""
-    defense: str = "none"
-    at: float | None = None
-    scale: float = 1.0
-    missing: str | None = None
-
-
-@dataclass(frozen=True)
-class Item:
-    """A table or a figure, with the keys of its cells: (row, column) or (curve,)."""
-
-    paper: str
-    kind: str
-    id: str
-    cells: Mapping[tuple[str, ...], Cell]
-    clean: Cell | None = None
-
-    @property
-    def needed(self) -> list[Cell]:
-        """All cells, with what a figure's network is worth without an attack."""
-        return [*self.cells.values(), *([] if self.clean is None else [self.clean])]
-
-    @property
-    def name(self) -> str:
-        """What it is asked for by, and the name of its file."""
-        return (
-            f"{self.paper}-{self.id}" if self.kind == "table" else f"{self.paper}-figure-{self.id}"
-        )
 
 
 @dataclass(frozen=True)
@@ -196,7 +121,7 @@ class Plan:
         found = (
             item
             for path in sorted(self.settings.glob("*.yaml"))
-            for item in _items(path.stem, self.paper(path.stem))
+            for item in of_paper(path.stem, self.paper(path.stem))
         )
         return {item.name: item for item in found}
 
@@ -398,10 +323,9 @@ class Plan:
 
     def older(self, subject: Network | Run) -> str | None:
         """Which code has changed since a stored record was made; None if none has."""
-        code, now = (read(self.record(subject)) or {}).get("code", {}), self.versions(subject)
-        # Records made before the code around was kept as well lack its names, and stand.
-        unlisted = set(self._around(subject)) - code.keys()
-        names = [name for name in now if code.get(name) != now[name] and name not in unlisted]
+        stored, now = (read(self.record(subject)) or {}).get("code", {}), self.versions(subject)
+        unlisted = set(self.code(subject).around) - stored.keys()
+        names = [name for name in now if stored.get(name) != now[name] and name not in unlisted]
         return f"code of {', '.join(names)} changed" if names else None
 
     def current(self, run: Run) -> bool:
@@ -426,68 +350,19 @@ class Plan:
                 return f"of another {used.model}"
         return None
 
+    def code(self, subject: Network | Run) -> Code:
+        """The code that makes a record."""
+        if isinstance(subject, Network):
+            return of_training(self.recipe(subject))
+        return of_attack(self.attack(subject), subject.network.dataset)
+
     def versions(self, subject: Network | Run) -> dict[str, str]:
-        """Digests of the code that makes a record, by name."""
-        names = [*self._code(subject), *self._around(subject)]
-        return {name: versions.digest(name) for name in names}
+        """Digests of that code, by name."""
+        return {name: versions.digest(name) for name in self.code(subject).names}
 
     def files(self, subject: Network | Run) -> list[Path]:
         """The files of that code."""
         return sorted(set().union(*map(versions.files, self.versions(subject))))
-
-    def _around(self, subject: Network | Run) -> list[str]:
-        """The code between the functions of ``_code``: loaders of data, and parts of the steps."""
-        network = subject if isinstance(subject, Network) else subject.network
-        loader = f"adv.lab.data._LOADERS[{network.dataset}]"
-        if isinstance(subject, Run):
-            settings = self.attack(subject)
-            parts = ["vulnerable"] + ["_points"] * (settings.get("target") != "pair")
-            shared = ["adv.lab.evaluation.counting"]
-            shared += ["adv.lab.committee.assemble"] if "judges" in settings else []
-        else:
-            recipe, shared = self.recipe(subject), ["adv.lab.models.build"]
-            if "'manifold'" in str(recipe["loss"]):  # of this loss, or of one that it joins
-                shared.append("adv.lab.generative.with_manifold")
-            parts = ["_augmented"] if recipe["training"].get("augment") else []
-            if recipe["model"]["name"] in GAMES:
-                parts.append("_game")
-            else:
-                parts += ["_duel"] if "critic" in recipe else ["_fit", "_loss"]
-        return [loader, *shared, *(f"reproduce.steps.{part}{versions.ALONE}" for part in parts)]
-
-    def _code(self, subject: Network | Run) -> list[str]:
-        if isinstance(subject, Run):
-            settings = self.attack(subject)
-            names = [f"reproduce.measures.{name}" for name in settings["measures"]]
-            call = settings.get("call", "")
-            if call.startswith("peers."):
-                peer = call.removeprefix("peers.")
-                names += ["adv.lab.peers.attack", f"adv.lab.peers.PEERS[{peer}]"]
-            elif call:
-                names.append(f"adv.attacks.{call}")
-            if settings.get("target") == "pair":
-                return [*names, "reproduce.pairs.attacked", "reproduce.steps.chosen"]
-            if "defense" in settings:
-                names.append(f"adv.defenses.generative.{settings['defense']['name']}")
-                names += [f"reproduce.defended.{name}" for name in ("built", "adapted")]
-                return [*names, "reproduce.steps.chosen"]
-            way = "generated" if "uses" in settings else "perturbed"
-            own = ("chosen", "radii", "compared" if call.startswith("peers.") else way)
-            return names + [f"reproduce.steps.{name}" for name in own]
-        recipe = self.recipe(subject)
-        names = [f"adv.lab.models._MODELS[{recipe['model']['name']}]"]
-        if recipe["model"]["name"] in GAMES:
-            return [*names, "adv.lab.generative.fit_wgan"]
-        if recipe["model"]["name"] == "vaes":
-            names.append(f"adv.lab.models._MODELS[{recipe['model'].get('kind', 'vae')}]")
-        if "critic" in recipe:
-            return [*names, "adv.lab.duel.fit_critic", "adv.lab.duel.new_critic"]
-        names += [f"adv.{recipe['loss']['name']}"] if recipe["loss"] else []
-        if "pairs" in recipe:
-            call = recipe["pairs"].get("attack", {}).get("call")
-            names += ["reproduce.pairs.training", *([f"adv.attacks.{call}"] if call else [])]
-        names += ["adv.lab.training.mixed"] if recipe["training"].get("mixed") else []
-        return [*names, "adv.lab.training.fit"]
 
     def tasks(self, items: list[Item]) -> list[Task]:
         """The trainings and attacks that will run for some tables and figures."""
@@ -578,47 +453,6 @@ def _entry(paper: Settings, part: str, name: str) -> Settings:
     if name not in entries:
         raise ValueError(f"no {name!r} in {part} of the settings; there are {', '.join(entries)}")
     return entries[name] or {}
-
-
-def _items(paper: str, settings: Settings) -> Iterator[Item]:
-    for name, table in (settings.get("tables") or {}).items():
-        cells: dict[tuple[str, ...], Cell] = {
-            (row, column): _cell(paper, _merged(table, of_row, of_column))
-            for row, of_row in table["rows"].items()
-            for column, of_column in table["columns"].items()
-        }
-        yield Item(paper, "table", str(name), cells)
-    for name, figure in (settings.get("figures") or {}).items():
-        cells = {
-            (label,): _cell(paper, _merged(figure, curve))
-            for label, curve in figure[_parts(figure)].items()
-        }
-        first = next(iter(cells.values()))
-        clean = figure.get("clean") and Cell(
-            paper, first.model, defense=first.defense, **figure["clean"]
-        )
-        yield Item(paper, "figure", str(name), cells, clean)
-
-
-def _cell(paper: str, settings: Settings) -> Cell:
-    known = [one.name for one in fields(Cell) if one.name != "paper"]
-    if unknown := settings.keys() - set(known):
-        names = ", ".join(sorted(unknown))
-        raise ValueError(f"a cell of {paper} has no {names}; there are {', '.join(known)}")
-    return Cell(paper, **settings)
-
-
-def _parts(figure: Settings) -> str:
-    """What a figure consists of: curves, or rows of images."""
-    return "curves" if "curves" in figure else "images"
-
-
-def _merged(item: Settings, *parts: Settings | None) -> Settings:
-    """What a cell is: what all of the item's are, then what its row, column or curve says."""
-    cell = dict(item.get("cell") or {})
-    for part in parts:
-        cell |= part or {}
-    return cell
 
 
 def _difference(stored: Any, planned: Any, path: str = "") -> str | None:

@@ -31,9 +31,10 @@ from adv.lab.generative import VAEManifold, fit_wgan, with_manifold
 from adv.lab.training import History, cross_entropy, fit, mixed
 from reproduce import defended, pairs, versions
 from reproduce.files import digest, read, write_json
+from reproduce.items import Network, Run
 from reproduce.measures import MEASURES, Sample
 from reproduce.origin import provenance
-from reproduce.plan import Network, Plan, Run
+from reproduce.plan import Plan
 
 __all__ = [
     "attack",

@@ -13,8 +13,9 @@ from typing import Any
 
 from adv.lab.files import replacing
 from reproduce.files import read, write_json
+from reproduce.items import Cell, Item, Run
 from reproduce.options import friendly
-from reproduce.plan import Cell, Item, Plan, Run
+from reproduce.plan import Plan
 
 __all__ = ["draw", "figure", "main", "show", "strip", "table"]
 

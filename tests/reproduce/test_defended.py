@@ -12,8 +12,9 @@ from adv.geometry import norm as length
 from adv.lab import data, models, zoo
 from reproduce import defended, steps, summary
 from reproduce.files import read
+from reproduce.items import Network, Run
 from reproduce.measures import MEASURES
-from reproduce.plan import ROOT, Network, Plan, Run
+from reproduce.plan import ROOT, Plan
 
 GAN = {"name": "DefenseGAN", "restarts": 2, "steps": 10, "lr": 0.05}
 BETTER = GAN | {"restarts": 3, "steps": 40, "lr": 0.1}

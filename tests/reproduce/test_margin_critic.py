@@ -16,8 +16,8 @@ from adv.lab.duel import fit_critic, new_critic
 from adv.lab.models import MLP
 from reproduce import judging, steps, summary
 from reproduce.files import read
+from reproduce.items import Network, Run
 from reproduce.measures import MEASURES, Sample
-from reproduce.plan import Network, Run
 
 
 def plane(d=4):

@@ -14,8 +14,9 @@ from adv.lab.files import sha256
 from reproduce import steps, summary, versions
 from reproduce.__main__ import _parser, main
 from reproduce.files import dumps, read, write_json
+from reproduce.items import Network, Run
 from reproduce.options import friendly
-from reproduce.plan import OF_STEPS, Network, Plan, Run
+from reproduce.plan import OF_STEPS, Plan
 
 DIGITS = Network("convex", "digits", "fcnn", "none", 0)
 

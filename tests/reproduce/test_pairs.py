@@ -21,8 +21,9 @@ from adv.lab.files import sha256
 from adv.lab.generative import VAEManifold
 from reproduce import pairs, steps, summary
 from reproduce.files import read, write_json
+from reproduce.items import Network, Run
 from reproduce.measures import MEASURES, Sample
-from reproduce.plan import ROOT, Network, Plan, Run
+from reproduce.plan import ROOT, Plan
 
 MATCH = {"norm": "l2", "steps": 3, "step_size": 0.3, "bounds": [-1.0, 2.0]}
 SETTINGS = {

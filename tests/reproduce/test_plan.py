@@ -8,7 +8,8 @@ import pytest
 from adv.lab.files import sha256
 from reproduce import summary
 from reproduce.files import dumps, read
-from reproduce.plan import Network, Plan, Run
+from reproduce.items import Network, Run
+from reproduce.plan import Plan
 
 DIGITS = Network("convex", "digits", "fcnn", "none", 0)
 

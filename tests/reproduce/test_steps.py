@@ -20,8 +20,9 @@ from adv.lab.files import sha256
 from adv.lab.training import fit
 from reproduce import steps, summary
 from reproduce.files import dumps, read, write_json
+from reproduce.items import Network, Run
 from reproduce.measures import MEASURES, Sample
-from reproduce.plan import Network, Plan, Run
+from reproduce.plan import Plan
 
 
 @pytest.fixture

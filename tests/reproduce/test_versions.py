@@ -7,7 +7,7 @@ import pytest
 
 from reproduce import versions
 from reproduce.files import write_json
-from reproduce.plan import Network, Run
+from reproduce.items import Network, Run
 
 MAIN = '''
 """A module."""
@@ -179,7 +179,7 @@ def test_code_between_the_functions_counts_for_records_that_list_it(
     copied(file, find, replace)
     assert older(code.get) == outdated
     # Records of before that list less, and stand; but not without what was listed always.
-    basis = {name: plan._code(subject) for name, subject in subjects.items()}
+    basis = {name: plan.code(subject).steady for name, subject in subjects.items()}
     assert older(lambda name: {key: code[name][key] for key in basis[name]}) == set()
     assert older(lambda name: {}) == set(subjects)
 
