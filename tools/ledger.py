@@ -30,6 +30,7 @@ KINDS = {
     "unclear": "in the source or the text version",
     "code": "between text and program",
 }
+OLDER = "by older code"  # as reproduce.summary marks a run
 Cell = tuple[str, str]
 
 
@@ -112,6 +113,7 @@ def page(root: Path) -> str:
         *claim_lines(chapters),
         *erratum_lines(papers, chapters),
         *table_lines(papers, chapters, ours),
+        *age_lines(root),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -348,6 +350,32 @@ def table_lines(
     return lines
 
 
+def age_lines(root: Path) -> list[str]:
+    """The stored tables and figures with results that were computed before their code changed."""
+    aged = {}
+    for file in sorted((root / "reproduce" / "results").glob("*.json")):
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, dict):
+            continue
+        parts = {row["id"]: row for row in content.get("rows", ()) if "id" in row}
+        parts |= content.get("curves", {})
+        names = [name for name, part in parts.items() if OLDER in str(part.get("scale"))]
+        if names:
+            aged[file.stem] = f"{'; '.join(names)} (of {len(parts)})"
+    if not aged:
+        return []
+    items = [f"- `{name}`: {escape(rows)}" for name, rows in aged.items()]
+    return [
+        "## Results of older code",
+        "",
+        "A stored result keeps digests of the code that made it. In these tables and figures of",
+        "`reproduce/results` the named rows or curves rest, in part at least, on code that has",
+        "changed since. That need not change their numbers; it has not been tried.",
+        "",
+        *dropdown(number(len(items), "table or figure", "tables and figures"), items),
+    ]
+
+
 def tally(table: dict[str, Any], ours: set[Cell]) -> str:
     """How many of a table's numbers have ours, and how many are lost."""
     cells = {(r["id"], c): value for r in table["rows"] for c, value in r["values"].items()}
@@ -375,9 +403,9 @@ def dropdown(title: str, body: list[str]) -> list[str]:
     return [f":::{{dropdown}} {title}", "", *body, "", ":::", ""]
 
 
-def number(count: int, noun: str) -> str:
+def number(count: int, noun: str, plural: str = "") -> str:
     """A count with its noun."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 if __name__ == "__main__":

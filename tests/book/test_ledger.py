@@ -196,6 +196,20 @@ def test_results_count_too_and_files_of_other_kinds_are_passed_over(book):
     assert "*Not shown*; ours for 2 of 3 numbers, 1 missing, 1 lost" in line(text, "- **1-linf**")
 
 
+def test_results_of_older_code_are_listed(book):
+    root = book()
+    results = root / "reproduce" / "results"
+    assert "## Results of older code" not in ledger.page(root)
+    rows = [{"id": "a", "scale": ["mnist"]}, {"id": "b_1", "scale": ["mnist, by older code"]}]
+    (results / "z-1.json").write_text(json.dumps({"rows": rows}))
+    curves = {"PGD": {"scale": ["x, by older code"]}, "FGSM": {"scale": []}}
+    (results / "z-figure-2.json").write_text(json.dumps({"curves": curves}))
+    text = ledger.page(root)
+    assert "dropdown} 2 tables and figures" in text
+    assert line(text, "- `z-1`") == "- `z-1`: b\\_1 (of 2)"
+    assert line(text, "- `z-figure-2`") == "- `z-figure-2`: PGD (of 2)"
+
+
 def test_a_table_of_other_rows_is_not_taken_for_it(book):
     html = comparison(["1", "2", "3", "4"]).replace("first", "elsewhere")
     root = book(zeta=[code('compare("someone", "1-linf")', html=html)])
