@@ -71,6 +71,12 @@ def by_bisection(u: Tensor, eps: float, box: geometry.Box, rounds: int = 60) -> 
 def rows(place: torch.device) -> Iterator[Row]:
     """The comparisons: what, one way, its work, another way, its work."""
     torch.manual_seed(0)
+    for part in (projections, gradients, precisions, attacks):
+        yield from part(place)
+
+
+def projections(place: torch.device) -> Iterator[Row]:
+    """The exact projection onto ball and box against bisection."""
     for d in (64, 784, 3072):
         x, u = torch.rand(256, d, device=place), torch.randn(256, d, device=place)
         box = geometry.room(x)
@@ -81,6 +87,10 @@ def rows(place: torch.device) -> Iterator[Row]:
             "60 bisections",
             partial(by_bisection, u, 2.0, box),
         )
+
+
+def gradients(place: torch.device) -> Iterator[Row]:
+    """Gradients of all classes at once against one after the other."""
     nets = {
         "digits/cnn, 200 digits": (zoo.load("digits/cnn", device=place), (200, 1, 8, 8)),
         "MLP 784-1000-1000-1000-10, 100": (
@@ -88,7 +98,10 @@ def rows(place: torch.device) -> Iterator[Row]:
             (100, 1, 28, 28),
         ),
     }
-    priced = margin.margin_loss(0.1)
+    ways: dict[str, Callable[..., Tensor]] = {
+        "all classes in a loop": margin_by_loop,
+        "plain hinge": margin.hinge,
+    }
     for name, (net, shape) in nets.items():
         z = torch.rand(shape, device=place)
         yield (
@@ -99,22 +112,23 @@ def rows(place: torch.device) -> Iterator[Row]:
             partial(one_class_at_a_time, net, z),
         )
         labels = torch.arange(len(z), device=place) % 10
-        ways: dict[str, Callable[..., Tensor]] = {
-            "all classes in a loop": margin_by_loop,
-            "plain hinge": margin.hinge,
-        }
         for other, loss in ways.items():
             yield (
                 f"margin loss, {name}",
                 "one row recorded",
-                partial(slopes, priced, net, z, labels),
+                partial(slopes, margin.margin_loss(0.1), net, z, labels),
                 other,
                 partial(slopes, loss, net, z, labels),
             )
+
+
+def precisions(place: torch.device) -> Iterator[Row]:
+    """Mixed precision against float32."""
+    losses = {"cross-entropy": cross_entropy, "margin loss": margin.margin_loss(0.1)}
     for name, shape in (("lenet5-wide", (100, 1, 28, 28)), ("nin", (32, 3, 32, 32))):
         net, z = models.build(name, seed=0).to(place), torch.rand(shape, device=place)
         labels = torch.arange(len(z), device=place) % 10
-        for what, loss in (("cross-entropy", cross_entropy), ("margin loss", priced)):
+        for what, loss in losses.items():
             yield (
                 f"{what}, {name}, {len(z)}",
                 "mixed precision",
@@ -122,21 +136,25 @@ def rows(place: torch.device) -> Iterator[Row]:
                 "float32",
                 partial(slopes, loss, net, z, labels),
             )
+
+
+def attacks(place: torch.device) -> Iterator[Row]:
+    """Attacks of few steps against PGD."""
     net, digits = zoo.load("digits/cnn", device=place), data.load("digits").test
     x, y = digits.x[:200].to(place), digits.y[:200].to(place)
     yield (
         "200 digits, linf, eps 0.1",
         "FGSM",
-        lambda: gradient.fgsm(net, x, y, eps=0.1),
+        partial(gradient.fgsm, net, x, y, eps=0.1),
         "PGD of 10 steps",
-        lambda: gradient.pgd(net, x, y, eps=0.1, steps=10),
+        partial(gradient.pgd, net, x, y, eps=0.1, steps=10),
     )
     yield (
         "200 digits, l2",
         "DeepFool",
-        lambda: boundary.deepfool(net, x, y, steps=50),
+        partial(boundary.deepfool, net, x, y, steps=50),
         "PGD of 50 steps",
-        lambda: gradient.pgd(net, x, y, norm="l2", eps=0.5, steps=50),
+        partial(gradient.pgd, net, x, y, norm="l2", eps=0.5, steps=50),
     )
 
 
