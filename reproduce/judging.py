@@ -69,7 +69,7 @@ def images(plan: Plan, item: Item, samples: int, *, seed: int = 0) -> Collection
 
 def _row(plan: Plan, run: Run, name: str, samples: int) -> Collection:
     recipe, settings = plan.recipe(run.network), plan.attack(run) | {"images": samples}
-    model = models.build(**recipe["model"])
+    model = models.build(**recipe["model"], seed=0)
     model.load_state_dict(load_file(plan.weights(run.network)))
     some = chosen(data.load(run.network.dataset).test, settings, recipe)
 

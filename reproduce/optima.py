@@ -52,7 +52,8 @@ def solve(
         norms: which norms.
         time_limit: seconds for an image; what is proved by then is stored.
         gap: relative difference of the bounds at which the search ends.
-        trust: keep rows that other code computed; they were proved as well.
+        trust: keep rows that other code computed; they were proved as well. The file goes on
+            naming that code.
         results: the folder of results.
 
     Returns:
@@ -76,6 +77,8 @@ def solve(
     made = provenance(sorted(files(CODE)), packages=("scipy",), place=torch.device("cpu"))
     file = path(name, results)
     rows = _stored(file, origin, trust)
+    if trust and rows:
+        origin["code"] = (read(file) or {})["code"]
     model, test = zoo.load(name), data.load(wanted.data).test
     content: dict[str, Any] = {}
     for norm in norms:

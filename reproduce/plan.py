@@ -166,6 +166,8 @@ class Plan:
         if cell.at is not None and not isinstance(grid, Mapping) and cell.at not in grid:
             known = ", ".join(map(str, grid))
             raise ValueError(f"{where}: no radius {cell.at} of {cell.attack}; there are {known}")
+        if attack.get("nested") and not isinstance(grid, Mapping) and list(grid) != sorted(grid):
+            raise ValueError(f"{where}: the radii of {cell.attack}, which is nested, must rise")
 
     def _check_training(self, network: Network) -> None:
         recipe = self.recipe(network)
@@ -253,6 +255,19 @@ class Plan:
             return self.results / subject.folder / "train.json"
         return self.results / subject.network.folder / f"{subject.attack}.json"
 
+    def stored(self, subject: Network | Run) -> Settings | None:
+        """What that file holds, or None where there is none.
+
+        Raises:
+            ValueError: it is no record, without settings or weights.
+        """
+        path = self.record(subject)
+        content = read(path)
+        for name in ("settings", "weights"):
+            if content is not None and (not isinstance(content, dict) or name not in content):
+                raise ValueError(f"{path} is no record: it has no {name}; delete it")
+        return content
+
     def weights(self, network: Network) -> Path:
         """The file of a network's weights."""
         return self.work / network.folder / "weights.safetensors"
@@ -316,21 +331,21 @@ class Plan:
 
     def fault(self, subject: Network | Run) -> str | None:
         """Why a stored record can't stand for what the settings ask for; None if it can."""
-        record = read(self.record(subject))
+        record = self.stored(subject)
         if record is None:
             return "new"
         return self._changed(subject, record) or (None if self.trust else self.older(subject))
 
     def older(self, subject: Network | Run) -> str | None:
         """Which code has changed since a stored record was made; None if none has."""
-        stored, now = (read(self.record(subject)) or {}).get("code", {}), self.versions(subject)
+        stored, now = (self.stored(subject) or {}).get("code", {}), self.versions(subject)
         unlisted = set(self.code(subject).around) - stored.keys()
         names = [name for name in now if stored.get(name) != now[name] and name not in unlisted]
         return f"code of {', '.join(names)} changed" if names else None
 
     def current(self, run: Run) -> bool:
         """Whether the stored result is of these settings, whatever the code was."""
-        record = read(self.record(run))
+        record = self.stored(run)
         return record is not None and self._changed(run, record) is None
 
     def _changed(self, subject: Network | Run, record: Settings) -> str | None:
@@ -341,11 +356,11 @@ class Plan:
         if path := _difference(record["settings"], json.loads(json.dumps(planned))):
             return f"{path} changed"
         if isinstance(subject, Run):
-            trained = read(self.record(subject.network))
+            trained = self.stored(subject.network)
             if trained is not None and trained["weights"] != record["weights"]:
                 return "of other weights"
         if used := self.used(subject):
-            other = read(self.record(used))
+            other = self.stored(used)
             if other is not None and other["weights"] != record.get("used"):
                 return f"of another {used.model}"
         return None
@@ -405,7 +420,7 @@ class Plan:
 
     def whole(self, network: Network) -> bool:
         """Whether the weights at hand are those of the record."""
-        path, record = self.weights(network), read(self.record(network))
+        path, record = self.weights(network), self.stored(network)
         return record is not None and path.is_file() and sha256(path) == record["weights"]
 
     def estimate(self, subject: Network | Run) -> float:
@@ -417,10 +432,10 @@ class Plan:
             else replace(subject, network=replace(network, seed=seed))
             for seed in range(_entry(self.paper(network.paper), "networks", network.model)["seeds"])
         )
-        records = [read(self.record(one)) for one in (subject, *others)]
+        records = [self.stored(one) for one in (subject, *others)]
         if records[0] is not None:
-            return float(records[0]["seconds"])
-        seconds = [float(record["seconds"]) for record in records[1:] if record is not None]
+            return float(records[0].get("seconds", math.nan))
+        seconds = [r["seconds"] for r in records[1:] if r is not None and "seconds" in r]
         if seconds:
             return statistics.mean(seconds)
         if isinstance(subject, Network):

@@ -458,7 +458,9 @@ def _parts(plan: Plan, subject: Network | Run, settings: Settings, count: int) -
     code = versions.digest("reproduce.pairs.attacked")
     network = subject if isinstance(subject, Network) else subject.network
     part = "train" if isinstance(subject, Network) else "test"
-    content = [part, network.dataset, network.seed, count, attack, code, _which(plan, subject)]
+    used = plan.used(subject) or network  # whose pairs they are
+    weights = {"used": sha256(plan.weights(used))}
+    content = [part, network.dataset, network.seed, count, attack, code, weights]
     return plan.work / "pairs" / digest(content)
 
 
@@ -495,7 +497,7 @@ def _network(plan: Plan, network: Network) -> nn.Module:
     path, record = plan.weights(network), read(plan.record(network)) or {}
     if sha256(path) != record.get("weights"):
         raise ValueError(f"{path} aren't the weights of {plan.record(network)}; delete them")
-    model = models.build(**plan.recipe(network)["model"])
+    model = models.build(**plan.recipe(network)["model"], seed=0)
     model.load_state_dict(load_file(path))
     return model.to(device()).eval()
 

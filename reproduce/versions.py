@@ -1,9 +1,9 @@
 """Which version of the code a result comes from: digests of functions with all that they call.
 
-A digest is of the syntax, without comments, docstrings and layout, and the same for all versions of
-Python. It covers a function or class, and, of this repository, the functions, classes and constants
-that it names, theirs, and so on. So it changes when the computation may have changed, and not when
-its neighbors or words have.
+A digest is of the syntax, without comments, docstrings, layout and ``extra_repr``, and the same for
+all versions of Python. It covers a function or class, and, of this repository, the functions,
+classes and constants that it names, theirs, and so on. So it changes when the computation may have
+changed, and not when its neighbors or words have.
 """
 
 import ast
@@ -143,8 +143,11 @@ def _path(module: str) -> Path | None:
 
 
 def _plain(tree: ast.Module) -> ast.Module:
-    """The tree without docstrings."""
+    """The tree without docstrings, and without the methods by which an object describes itself."""
     for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            told = [one for one in node.body if getattr(one, "name", None) == "extra_repr"]
+            node.body = [one for one in node.body if one not in told]
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return tree
@@ -158,9 +161,9 @@ def _imported(tree: ast.AST) -> dict[str, str]:
             names |= {(a.asname or a.name): f"{node.module}.{a.name}" for a in node.names}
         elif isinstance(node, ast.Import):
             ours = [a for a in node.names if a.name.split(".")[0] in PACKAGES]
-            names |= {
-                (a.asname or a.name.split(".")[0]): (a.asname and a.name) or "adv" for a in ours
-            }
+            for a in ours:  # "import adv.lab" binds "adv"
+                package = a.name.split(".")[0]
+                names[a.asname or package] = a.name if a.asname else package
     return names
 
 

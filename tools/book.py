@@ -295,8 +295,11 @@ def forget_pages_of_other_tools(out: Path) -> None:
         mark.write_text(digest, "utf-8")
 
 
-def read_executed(file: Path, key: str) -> tuple[NotebookNode, float] | None:
-    """A chapter that was executed, and its seconds; None if there is none of this key."""
+def read_executed(file: Path, key: str, page: NotebookNode) -> tuple[NotebookNode, float] | None:
+    """A chapter with the outputs of its execution, and its seconds; None if none has this key.
+
+    The key is of the code; prose and captions are the page's, and may have changed since.
+    """
     try:
         notebook = nbformat.read(file, as_version=4)
         mark = notebook.metadata.pop("adv")
@@ -305,7 +308,15 @@ def read_executed(file: Path, key: str) -> tuple[NotebookNode, float] | None:
     except (ValueError, KeyError, nbformat.ValidationError):  # damaged: executed again
         file.unlink()
         return None
-    return (notebook, mark["seconds"]) if mark["key"] == key else None
+    if mark["key"] != key:
+        return None
+    ran = (cell for cell in notebook.cells if cell.cell_type == "code")
+    for cell in page.cells:
+        if cell.cell_type == "code":
+            done = next(ran)
+            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    notebook.cells = page.cells
+    return notebook, mark["seconds"]
 
 
 def up_to_date(
@@ -313,8 +324,9 @@ def up_to_date(
 ) -> tuple[NotebookNode, float]:
     """The executed chapter and its seconds; executed now where its fingerprint has changed."""
     file = root / "_build" / "executed" / f"{path.stem}.ipynb"
-    key = chapter_key(read_chapter(path), outside)
-    if not afresh and (executed := read_executed(file, key)) is not None:
+    page = read_chapter(path)
+    key = chapter_key(page, outside)
+    if not afresh and (executed := read_executed(file, key, page)) is not None:
         print("unchanged", flush=True)
         return executed
     notebook, seconds = execute(path)

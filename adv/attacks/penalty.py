@@ -149,12 +149,12 @@ class _Passes:
         self.count += 1
         total = delta.square().sum() + self.weight * loss[0].detach().sum()
         slope = 2 * delta + self.weight * gradient
-        return float(total), slope.flatten().double().cpu().numpy()
+        return float(total), slope.flatten().cpu().double().numpy()
 
 
 def _search_weight(one: _Passes, steps: int, searches: int, weight: float) -> None:
     """Solve for one weight after another, closing in on the smallest that succeeds."""
-    low, high, start = 0.0, math.inf, one.x.flatten().double().cpu().numpy()
+    low, high, start = 0.0, math.inf, one.x.flatten().cpu().double().numpy()
     for search in range(searches):
         one.weight, one.success = weight, False
         one.limit = (search + 1) * steps // searches

@@ -70,6 +70,10 @@ class Critic(nn.Module):
             z = self._blur(functional.leaky_relu(layer(z), self.slope), self.noise[1])
         return self.layers[-1](z)
 
+    def extra_repr(self) -> str:
+        """Its numbers, by which checkpoints tell critics apart."""
+        return f"noise={self.noise}, slope={self.slope}"
+
     def _blur(self, z: Tensor, std: float) -> Tensor:
         return z + std * torch.randn_like(z) if self.training and std else z
 
@@ -118,6 +122,10 @@ class RunningConfidence(nn.Module):
         moved = self.decay * self.mean + (1 - self.decay) * total / count.clamp_min(1)
         self.mean.copy_(torch.where((count > 0) & moved.isfinite(), moved, self.mean))
         return self.mean.clone()
+
+    def extra_repr(self) -> str:
+        """Its number, by which checkpoints tell trainings apart."""
+        return f"decay={self.decay}"
 
 
 def critic_loss(

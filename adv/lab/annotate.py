@@ -19,7 +19,7 @@ import sqlite3
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -122,6 +122,8 @@ class Collection:
                 defense = tuple(map(str, file["defense"]))
         except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} holds no collection of images ({error})") from error
+        if images.dtype != torch.uint8:
+            raise ValueError(f"{path} holds no collection: images are {images.dtype}, not uint8")
         return Collection(images.float() / 255, y.long(), target.long(), defense)
 
 
@@ -465,6 +467,11 @@ class _Handler(BaseHTTPRequestHandler):
         except sqlite3.Error as error:
             self._json({"error": f"the file of answers cannot be used now ({error})"}, 503)
 
+    def handle(self) -> None:
+        """One request; a browser may close its connection at any time."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def _json(self, content: Any, status: int = 200) -> None:
         self._send(json.dumps(content), "application/json", status)
 
@@ -542,7 +549,7 @@ def widget(study: Study, annotator: str) -> Any:
             study.answer(annotator, image, text)
             message.value = ""
         else:
-            field.value = ""
+            field.value = change["old"]
             message.value = "An answer is one digit, or ?"
 
     def field(image: int, png: bytes, answer: str) -> Any:

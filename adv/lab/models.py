@@ -92,6 +92,10 @@ class Normalize(nn.Module):
         _check_images(self, x, len(self.mean))
         return (x - self.mean) / self.std
 
+    def extra_repr(self) -> str:
+        """Its numbers, by which checkpoints tell networks apart."""
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
 
 class MLP(nn.Module):
     """Fully connected network on flattened inputs, (B, ...) to (B, K) logits.

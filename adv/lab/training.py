@@ -139,7 +139,8 @@ def fit(
     generator of its own, and torch's global generators, from which dropout and the losses of
     ``adv.defenses`` draw, are seeded at the start of each epoch and put back at the end. A run
     that is killed and called again with the same ``checkpoint`` therefore ends with the same
-    weights, to the last bit, as one that was not.
+    weights, to the last bit, as one that was not; on a GPU only where its kernels are
+    deterministic.
 
     Args:
         model: trained on the device that holds its parameters; only those that require gradients.

@@ -197,7 +197,7 @@ def load(name: str, device: torch.device | str | None = None) -> nn.Module:
             f"{wanted.path} has sha256 {found}, its record says {recorded}: the file was changed "
             f"or cut short; restore it, or make it again with: {remedy}"
         )
-    model = models.build(**wanted.model)
+    model = models.build(**wanted.model, seed=0)  # the global random state stays
     try:
         model.load_state_dict(load_file(wanted.path))
     except RuntimeError as error:
@@ -356,7 +356,7 @@ def _agreement(wanted: Entry, model: nn.Module, stored: nn.Module) -> float | No
     if not wanted.attack or wanted.defense:
         return None
     chunks = data.load(wanted.data).test.x.split(1000)
-    same = [model(x).argmax(1) == stored(x).argmax(1) for x in chunks]
+    same = [model(x.clone()).argmax(1) == stored(x.clone()).argmax(1) for x in chunks]
     return float(torch.cat(same).double().mean())
 
 

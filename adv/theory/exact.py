@@ -137,7 +137,7 @@ def minimal_perturbation(
             (C, H, W) those with any channel changed, else values.
         upper: radius at which an attack succeeded, or (B,) of them: nothing beyond is searched. It
             is not taken on trust: if no point is found within, ``lower`` is what was searched, and
-            the result's ``upper`` is infinite.
+            the result's ``upper`` the distance of a point met beyond, or infinite.
         target: the class to reach, or (B,) of them; by default the nearest.
         time_limit: seconds for each input, > 0 and finite; what is proved by then is returned. A
             linear program that has begun may take up to 60 seconds more.

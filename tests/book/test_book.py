@@ -204,6 +204,18 @@ def test_a_chapter_is_executed_again_where_other_versions_are_installed(small_bo
     assert installed(("torch", "2.7"), ("numpy", "2.0")) != first
 
 
+def test_prose_that_changed_is_shown_with_the_outputs_of_the_same_code(small_book):
+    chapter = small_book / "book/tiny.md"
+    ran, _ = book.up_to_date(small_book, chapter, "outside")
+    chapter.write_text("A new beginning.\n\n" + chapter.read_text())
+    shown, _ = book.up_to_date(small_book, chapter, "outside")
+    assert shown.cells[0].source.startswith("A new beginning.")
+    assert [c.source for c in shown.cells] == [c.source for c in book.read_chapter(chapter).cells]
+    outputs = [[c.outputs for c in one.cells if c.cell_type == "code"] for one in (ran, shown)]
+    assert outputs[0] == outputs[1]
+    assert any(outputs[0])
+
+
 def test_a_build_that_was_stopped_does_not_break_the_next(small_book, monkeypatch):
     chapter, file = small_book / "book/tiny.md", small_book / "_build/executed/tiny.ipynb"
     executed = book.read_chapter(chapter)

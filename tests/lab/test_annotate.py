@@ -218,7 +218,9 @@ def test_collections_go_through_files(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"hello")
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     (tmp_path / "empty.npz").touch()
-    for name in ("bad.npz", "other.npz", "empty.npz"):
+    fields = {"y": given.y, "target": given.target, "defense": given.defense}
+    np.savez(tmp_path / "floats.npz", images=given.images, **fields)
+    for name in ("bad.npz", "other.npz", "empty.npz", "floats.npz"):
         with pytest.raises(ValueError, match="holds no collection"):
             Collection.load(tmp_path / name)
 
@@ -517,6 +519,26 @@ def test_what_could_not_be_kept_is_said_and_kept_later(visit, study):
     assert study.form("ann", 1).answers == {1: "5"} | dict.fromkeys(range(2, 26), "6")
 
 
+def test_of_two_answers_in_haste_the_last_stays(visit, study):
+    page, held = visit(), []
+    begin(page)
+    page.route("**/answer", lambda route: held.append(route))
+    field = page.get_by_label("Digit in image 1,")
+    field.press("3")
+    field.press("7")
+    page.get_by_label("Digit in image 2,").press("4")
+    for _ in range(20):
+        page.wait_for_timeout(10)
+    sent = [route.request.post_data_json for route in held]
+    assert [(one["image"], one["answer"]) for one in sent] == [(1, "3"), (2, "4")]
+    assert "All answers" not in page.get_by_role("status").inner_text()
+    page.unroute("**/answer")
+    for route in held:
+        route.continue_()
+    expect(page.get_by_role("status")).to_contain_text("All answers are kept.")
+    assert study.form("ann", 1).answers == {1: "7", 2: "4"}
+
+
 # ----------------------------------------------------------------------------------------- widget
 
 
@@ -532,6 +554,9 @@ def test_the_widget_asks_and_keeps(study):
     assert "one digit" in message.value
     text.value = "4"
     assert study.form("ann").answers == {3: "4"}
+    text.value = "4x"
+    assert (text.value, study.form("ann").answers) == ("4", {3: "4"})
+    assert "one digit" in message.value
     onward.click()
     assert "59 images to go" in message.value
     for cell in grid.children:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from adv.defenses.critic import Critic, RunningConfidence
 from adv.lab import checkpoints
 from adv.lab.checkpoints import checksums, described, load, save
+from adv.lab.models import Normalize
 
 SETTINGS = {"lr": 0.1, "loss": "mse", "data": [3, 4], "val": None, "model": "A(\n  (0): B()\n)"}
 
@@ -147,6 +149,13 @@ def test_a_network_is_described_by_all_but_its_values():
     assert described(net()) == texts[0]
     assert "(1): ReLU()" in texts[0]
     assert "3.factor: (3,) torch.float32 trained" in texts[0].splitlines()
+
+
+def test_settings_that_are_no_parameters_tell_networks_apart():
+    nets = [Normalize([0.5], [1.0]), Normalize([0.5], [2.0]), Normalize([0.25], [1.0])]
+    nets += [Critic((4, 2)), Critic((4, 2), slope=0.1), Critic((4, 2), noise=(0.0, 0.0))]
+    nets += [RunningConfidence(3), RunningConfidence(3, decay=0.9)]
+    assert len({described(net) for net in nets}) == len(nets)
 
 
 def test_where_a_function_lies_in_memory_is_no_setting():

@@ -78,6 +78,12 @@ store = partial(zoo.store, progress=False)
 train = partial(zoo.train, progress=False)
 
 
+def test_loading_leaves_the_global_random_state():
+    before = torch.get_rng_state()
+    zoo.load("digits/mlp-24")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_stores_loads_and_makes_again(tiny):
     told = store("tiny/plain")
     assert told.difference is None

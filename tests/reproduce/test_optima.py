@@ -40,11 +40,13 @@ def test_rows_are_kept_until_something_changes(tmp_path, counted):
     write_json(optima.path(NAME, tmp_path), more | {"code": {}})
     optima.solve(NAME, 3, trust=True, **settings)
     assert len(counted) == 3
-    optima.solve(NAME, 1, **settings)  # the code is another: from the start
+    optima.solve(NAME, 4, trust=True, **settings)  # a new row among old ones
     assert len(counted) == 4
+    optima.solve(NAME, 1, **settings)  # the code is another: from the start
+    assert len(counted) == 5
     write_json(optima.path(NAME, tmp_path), more | {"weights": "others"})
     optima.solve(NAME, 1, trust=True, **settings)
-    assert len(counted) == 5
+    assert len(counted) == 6
 
 
 def test_two_processes_that_solve_other_norms_keep_each_other_s_rows(tmp_path, monkeypatch):

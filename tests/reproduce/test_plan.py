@@ -78,6 +78,16 @@ def test_what_changed_runs_again(bench):
     assert bench.plan().fault(DIGITS) == "training.training.lr changed"
 
 
+@pytest.mark.parametrize("content", ['{"weights": "w"}', "{}", "[]"])
+def test_a_file_that_is_no_record_is_named(bench, content):
+    plan, run = bench.plan(), Run(DIGITS, "pgd")
+    pretend(plan, DIGITS, run)
+    plan.record(run).write_text(content)
+    for ask in (plan.fault, plan.current, plan.older, plan.estimate):
+        with pytest.raises(ValueError, match=r"pgd\.json is no record: it has no settings"):
+            ask(run)
+
+
 def test_code_and_weights_count_as_changes(bench):
     plan, run = bench.plan(), Run(DIGITS, "pgd")
     pretend(plan, DIGITS, run)
@@ -196,6 +206,12 @@ def test_what_is_mistyped_in_a_cell_is_said_before_anything_runs(bench):
     bench.content["tables"]["3"]["rows"]["other"] = {"model": "fcnnn", "missing": "no such network"}
     bench.write()
     bench.plan().check()
+    bench.content["attacks"]["deepfool"] |= {"nested": True}
+    bench.content["attacks"]["deepfool"] |= {"eps": [0.1, 0.05]}
+    bench.write()
+    with pytest.raises(ValueError, match="the radii of deepfool, which is nested, must rise"):
+        bench.plan().check()
+    bench.content["attacks"]["deepfool"] |= {"nested": False}
     bench.content["figures"]["3a"]["clean"]["attack"] = "claen"
     bench.write()
     with pytest.raises(ValueError, match="convex-figure-3a, clean: no 'claen' in attacks"):

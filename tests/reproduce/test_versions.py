@@ -69,6 +69,12 @@ def test_words_and_neighbors_do_not_count(digests):
     assert len(set(before.values())) == 5
 
 
+def test_how_an_object_describes_itself_does_not_count(digests):
+    told = MAIN + "\n    def extra_repr(self):\n        return str(LIMIT)\n"
+    assert digests() == digests(told)
+    assert changed(digests(), digests(told.replace("extra_repr", "size"))) == {"Third"}
+
+
 def test_empty_fields_that_a_newer_python_adds_do_not_count():
     node = ast.parse("def f(x):\n    return f'{x}'").body[0]
 
@@ -172,7 +178,8 @@ def test_code_between_the_functions_counts_for_records_that_list_it(
 
     def older(lists):
         for name, subject in subjects.items():
-            write_json(plan.record(subject), {"code": lists(name)})
+            content = {"settings": {}, "weights": "w", "code": lists(name)}
+            write_json(plan.record(subject), content)
         return {name for name, subject in subjects.items() if plan.older(subject)}
 
     assert older(code.get) == set()
