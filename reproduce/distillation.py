@@ -10,7 +10,7 @@ today are kept.
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from reproduce.files import read, write_json
 from reproduce.options import friendly, listed, refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
-from reproduce.versions import digest, files
+from reproduce.versions import digest, files, same
 
 __all__ = ["COLUMNS", "RECIPES", "Recipe", "distill", "main", "run"]
 
@@ -156,23 +156,23 @@ def run(recipes: Sequence[str], seeds: int, results: Path) -> None:
         recipe["amplitudes"] = list(recipe["amplitudes"])
         for seed in range(seeds):
             key = {"recipe": name, "settings": recipe, "seed": seed}
-            if any(key.items() <= row.items() for row in _stored(results, origin)):
+            if any(key.items() <= row.items() for row in _stored(results)):
                 continue
             start = time.process_time()
             measured = distill(RECIPES[name], seed)
             seconds = {"seconds": round(time.process_time() - start, 1)}
             with held(results.parent):  # another process may have added rows meanwhile
-                rows = _stored(results, origin)
+                rows = _stored(results)
                 rows = [row for row in rows if (row["recipe"], row["seed"]) != (name, seed)]
                 rows.append(key | measured | seconds)
                 write_json(results, origin | {"rows": rows})
             print(name, seed, measured["values"], measured["error"], flush=True)
 
 
-def _stored(results: Path, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _stored(results: Path) -> list[dict[str, Any]]:
     """The rows that today's code computed."""
     stored = read(results) or {}
-    return stored["rows"] if stored.get("code") == origin["code"] else []
+    return stored["rows"] if same(CODE, (stored.get("code") or {}).get(CODE)) else []
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from reproduce.files import read, write_json
 from reproduce.options import friendly, listed, refuse_unknown
 from reproduce.origin import provenance
 from reproduce.plan import ROOT
-from reproduce.versions import digest, files
+from reproduce.versions import digest, files, same
 
 __all__ = ["main", "path", "solve"]
 
@@ -112,8 +112,9 @@ def solve(
 def _stored(file: Path, origin: Mapping[str, Any], trust: bool) -> dict[str, list[dict[str, Any]]]:
     """The rows that still hold: of this network, these settings and, unless trusted, this code."""
     content = read(file) or {}
-    keys = [key for key in origin if not (trust and key == "code")]
-    return content["norms"] if all(content.get(key) == origin[key] for key in keys) else {}
+    asked = all(content.get(key) == origin[key] for key in origin if key != "code")
+    current = trust or same(CODE, (content.get("code") or {}).get(CODE))
+    return content["norms"] if asked and current else {}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -338,9 +338,10 @@ class Plan:
 
     def older(self, subject: Network | Run) -> str | None:
         """Which code has changed since a stored record was made; None if none has."""
-        stored, now = (self.stored(subject) or {}).get("code", {}), self.versions(subject)
-        unlisted = set(self.code(subject).around) - stored.keys()
-        names = [name for name in now if stored.get(name) != now[name] and name not in unlisted]
+        stored, code = (self.stored(subject) or {}).get("code", {}), self.code(subject)
+        unlisted = set(code.around) - stored.keys()
+        listed = (name for name in code.names if name not in unlisted)
+        names = [name for name in listed if not versions.same(name, stored.get(name))]
         return f"code of {', '.join(names)} changed" if names else None
 
     def current(self, run: Run) -> bool:

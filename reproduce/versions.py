@@ -9,11 +9,14 @@ changed, and not when its neighbors or words have.
 import ast
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-__all__ = ["arguments", "digest", "files"]
+from reproduce.files import read
+
+__all__ = ["UNCHANGED", "arguments", "digest", "files", "rooted", "same"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("adv", "reproduce")
@@ -28,6 +31,8 @@ PASSED_OVER = (
     "adv.lab.peers.PEERS",
 )
 ALONE = " (alone)"
+UNCHANGED = ROOT / "reproduce" / "unchanged.json"
+"""Edits that leave results as they were; ``reproduce.unchanged`` adds to it."""
 
 Definition = tuple[str, str]
 
@@ -57,6 +62,47 @@ def digest(name: str) -> str:
     """
     texts = sorted(repr(_shape(statement)) for _, statement in _closure(name))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def same(name: str, stored: str | None, file: Path = UNCHANGED) -> bool:
+    """Whether a definition's version is today's, or became it by edits that change no result.
+
+    Args:
+        name: as ``digest`` takes it.
+        stored: a record's digest, or None.
+        file: that vouches for such edits, in their order.
+    """
+    for before, after in _edits(file).get(name, ()):
+        stored = after if stored == before else stored
+    return stored == digest(name)
+
+
+@cache
+def _edits(file: Path) -> dict[str, list[list[str]]]:
+    """Digests before and after each edit, by name."""
+    edits: dict[str, list[list[str]]] = {}
+    for change in (read(file) or {"changes": []})["changes"]:
+        for name, pair in change["digests"].items():
+            edits.setdefault(name, []).append(pair)
+    return edits
+
+
+@contextmanager
+def rooted(folder: Path) -> Iterator[None]:
+    """Digest the code in another folder."""
+    global ROOT
+    before, ROOT = ROOT, folder
+    _forget()
+    try:
+        yield
+    finally:
+        ROOT = before
+        _forget()
+
+
+def _forget() -> None:
+    for cached in (digest, _closure, _source, _edits):
+        cached.cache_clear()
 
 
 def arguments(name: str) -> list[str]:
