@@ -169,7 +169,7 @@ def evaluate(
 ) -> None:
     """Measure a classifier's accuracy on clean and on attacked test images."""
     with _friendly():
-        radii = _radii(eps, attack)
+        radii = _radii(eps, attack, norm)
         place = _device(device)
         source = data.load(_known(data_name, data.names(), "data set"))
         split = (source.test if samples is None else source.test.take(samples)).to(place)
@@ -303,8 +303,10 @@ def _measure(
 
 
 def _table(result: dict[str, Any]) -> str:
+    untrained = ":" in result["model"] and result["weights"] is None
+    note = " (no --weights: as it was made)" if untrained else ""
     lines = [
-        f"{result['model']} on the first {result['samples']} test images of {result['data']}",
+        f"{result['model']}{note} on the first {result['samples']} test images of {result['data']}",
         f"{result['attack']}, {result['norm']}, seed {result['seed']}, {result['device']}",
         "",
         f"{'clean accuracy':<28}{_percent(result['clean_accuracy'])}",
@@ -336,11 +338,13 @@ def _percent(share: float | None) -> str:
 # ---------------------------------------------------------------------------------------- arguments
 
 
-def _radii(eps: list[float] | None, attack: AttackName) -> list[float]:
+def _radii(eps: list[float] | None, attack: AttackName, norm: NormName) -> list[float]:
     if not eps and attack is not AttackName.deepfool:
         raise typer.BadParameter(f"{attack.value} needs a radius, such as --eps 0.1")
     if any(not 0 <= e < float("inf") for e in eps or []):
         raise typer.BadParameter(f"--eps is a finite number >= 0, not {eps}")
+    if norm is NormName.linf and any(e >= 1 for e in eps or []):
+        typer.echo("note: pixels are in [0, 1], and eps >= 1 allows any image", err=True)
     return list(eps or [])
 
 
@@ -411,11 +415,14 @@ def _made(path: str) -> nn.Module:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the module is the user's and may raise anything
         reason = f"{type(error).__name__}: {error}"
-        raise UnusableError(f"cannot import {module_name!r}: {reason}") from error
+        hint = f"; write {module_name[:-3]}:{attribute}" if module_name.endswith(".py") else ""
+        raise UnusableError(f"cannot import {module_name!r}: {reason}{hint}") from error
     try:
         factory = getattr(module, attribute)
     except AttributeError as error:
         raise UnusableError(f"module {module_name!r} has no {attribute!r}") from error
+    if isinstance(factory, nn.Module):
+        return factory
     if not callable(factory):
         raise UnusableError(f"{path} is no factory but a {type(factory).__name__}")
     try:
@@ -436,11 +443,15 @@ def _state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
         raise UnusableError(
-            f"cannot read {path}: it must be a safetensors file or a PyTorch state dict, "
-            "and nothing that runs code when it is loaded"
+            f"cannot read {path}: it must be a safetensors file or a PyTorch state dict "
+            "(torch.save(network.state_dict(), file)), and nothing that runs code when it is loaded"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UnusableError(f"{path} holds no state dict (a mapping from names to tensors)")
+        named = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise UnusableError(
+            f"{path} holds no state dict (a mapping from names to tensors) but {named}; "
+            "save the state dict alone"
+        )
     return state
 
 
@@ -448,7 +459,7 @@ def _check_fit(network: nn.Module, x: Tensor, model: str, data_name: str, classe
     shape = tuple(x.shape[1:])
     try:
         with torch.no_grad():
-            logits = network(x[:2])
+            logits = network(x[:2].clone())  # which a layer may change in place
     except Exception as error:  # the model is the user's and may raise anything
         raise UnusableError(
             f"{model} does not take {data_name}'s images {shape}: {error}"

@@ -65,7 +65,9 @@ def exponent(norm: Norm) -> float:
     if isinstance(norm, str):
         if norm in EXPONENTS:
             return EXPONENTS[norm]
+        near = "l" + norm.lower().lstrip("l_")
         hint = " ('l0' counts values and is not a norm)" if norm == "l0" else ""
+        hint = f"; did you mean {near!r}?" if near in EXPONENTS else hint
         raise ValueError(f"norm must be 'linf', 'l2', 'l1' or a number p >= 1, not {norm!r}{hint}")
     if isinstance(norm, bool) or not isinstance(norm, Real):
         raise TypeError(f"norm must be a name or a number p >= 1, not {type(norm).__name__}")

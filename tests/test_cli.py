@@ -53,6 +53,21 @@ number = 3
 """
 
 
+IN_PLACE = """
+class Shift(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x):
+        return x.sub_(0.5).mul_(3) if self.in_place else (x - 0.5) * 3
+
+torch.manual_seed(0)
+layers = nn.Flatten(), nn.Linear(64, 10)
+plain, in_place = (nn.Sequential(Shift(flag), *layers) for flag in (False, True))
+"""
+
+
 @pytest.fixture(scope="module")
 def linear():
     """scikit-learn's logistic regression on the digits, as weights of ``make``."""
@@ -159,6 +174,20 @@ def test_evaluate_takes_networks_of_the_zoo(here):
     assert got["robust"][0]["accuracy"] == got["clean_accuracy"] > 0.9
 
 
+def test_evaluate_takes_a_network_as_it_is_and_does_not_change_what_it_reads(here):
+    with (here / "mynet.py").open("a") as file:
+        file.write(IN_PLACE)
+    plain, habit = (
+        evaluate("--eps", 0.1, "--samples", 4, model=f"mynet:{name}", weights=None)
+        for name in ("plain", "in_place")
+    )
+    assert plain["robust"] == habit["robust"]
+    assert plain["clean_accuracy"] == habit["clean_accuracy"]
+    shown = run("evaluate", "mynet:plain", *BASE, "--eps", 8)
+    assert "mynet:plain (no --weights: as it was made) on the first" in shown.stdout
+    assert "note: pixels are in [0, 1], and eps >= 1 allows any image" in shown.stderr
+
+
 class Trap:
     def __reduce__(self):
         return print, ("this must not run",)
@@ -217,6 +246,8 @@ WITH = (*BASE, "--weights")
         (["mynet:make", *WITH, "nan.pt"], 1, "not finite"),
         (["mynet:make", *WITH, "trap.pt"], 1, "runs code"),
         (["mynet:make", *WITH, "list.pt"], 1, "no state dict"),
+        (["mynet:make", *WITH, "nested.pt"], 1, "but model, epoch; save the state dict alone"),
+        (["mynet.py:make", *BASE], 1, "; write mynet:make"),
         (["mynet:make", *WITH, "text.safetensors"], 1, "cannot read"),
         (["mynet:two", *WITH, "weights.pt"], 1, "does not fit"),
         (
@@ -230,6 +261,7 @@ WITH = (*BASE, "--weights")
 def test_errors_are_one_friendly_message(here, linear, arguments, code, message, capfd):
     torch.save(Trap(), here / "trap.pt")
     torch.save([torch.zeros(2)], here / "list.pt")
+    torch.save({"model": {"w": torch.zeros(2)}, "epoch": 5}, here / "nested.pt")
     torch.save({k: v * torch.nan for k, v in linear[0].items()}, here / "nan.pt")
     (here / "hello.pt").write_bytes(b"hello")
     (here / "cut.pt").write_bytes((here / "weights.pt").read_bytes()[:-100])

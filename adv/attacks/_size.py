@@ -98,18 +98,22 @@ class Size:
         largest = z.abs().amax(dim=1, keepdim=True) if colors else z.abs()
         return torch.where(largest < cut, 0.0, z)
 
-    def equilibrium(self, m: Tensor, g: Tensor, gain: Tensor, multiplier: float | None) -> Tensor:
+    def equilibrium(
+        self, m: Tensor, g: Tensor, gain: Tensor, multiplier: float | None, width: float
+    ) -> Tensor:
         r"""(B,) the first $\lambda$: by the law $\lambda=\frac12\gamma\|\nabla m\|_q$ unless given.
 
-        A penalty without a dual norm: $\lambda h(\delta)=\frac12\gamma|g^\top\delta|$, which is the
-        same for a norm, at the nearest point of the linearized boundary.
+        Counts and powers are measured in units of the range, ``width``, and so is the slope. A
+        penalty of the user's: $\lambda h(\delta)=\frac12\gamma|g^\top\delta|$, as it is for a norm,
+        at the nearest point of the linearized boundary.
         """
         tiny = torch.finfo(m.dtype).tiny
         if multiplier is not None:
             return torch.full_like(m, multiplier)
         if self.own is None:
             dual: Norm = self.kind if self.kind in ("linf", "l2") else "l1"
-            return (gain / 2 * dual_norm(g, dual)).clamp_min(tiny)
+            unit = width ** (1 - POWERS.get(self.kind, 0.0 if self.counts else 1.0))
+            return (unit * gain / 2 * dual_norm(g, dual)).clamp_min(tiny)
         slope = g.flatten(1).square().sum(dim=1).clamp_min(tiny)
         size = self.own.value(-expand(m / slope, g) * g)
         return (gain / 2 * m.abs() / torch.where(size > 0, size, 1.0)).clamp_min(tiny)

@@ -99,7 +99,7 @@ def bpda(purify: Model, classifier: Model) -> Model:
     def model(x: Tensor) -> Tensor:
         with eval_mode(purify), eval_mode(classifier):
             with torch.no_grad():
-                shift = purify(x.detach()) - x.detach()
+                shift = purify(x.detach().clone()) - x.detach()
             return classifier(x + shift)
 
     return model
@@ -238,7 +238,7 @@ def nes_gradient(
     """
     _check_draws(samples, sigma, at_once)
     draws = generator(seed, call)
-    halves = torch.randn(samples // 2, *x.shape, generator=draws, dtype=x.dtype)
+    halves = torch.randn(samples // 2, *x.shape, generator=draws, dtype=x.dtype, device="cpu")
     guess = torch.zeros_like(x)
     for part in halves.split(max(1, at_once // (2 * max(1, x.numel())))):
         half = part.to(x.device)
@@ -378,7 +378,7 @@ def distortion_search(
         x: (B, ...) inputs inside ``bounds``.
         y: (B,) true labels.
         verify: the defense itself, with restarts of its own; by default ``model``.
-        steps: forward and backward passes of a round.
+        steps: forward and backward passes of a round; two forward passes of ``verify`` follow.
         rounds: weights tried.
         weight: the first $\lambda>0$, at most 1e15, where it stops growing.
             Per squared unit of ``x``: under bounds (0, 255) it takes 255^2 times the weight it
@@ -403,7 +403,7 @@ def distortion_search(
     ``generative``.
     """
     check_seed(seed)
-    check_inputs(model, x, y, bounds=bounds, steps=steps, rounds=rounds)
+    check_inputs(model, x, y, nearest=True, bounds=bounds, steps=steps, rounds=rounds)
     check_positive("weight", weight)
     check_number("weight", weight, HEAVIEST)
     check_positive("lr", lr)
@@ -708,7 +708,7 @@ def latent_walk(
         for step in range(steps):
             if step and step % every == 0:
                 share = min(1.0, growth * share)
-            logits, made = explain(x_adv)
+            logits, made = explain(x_adv.clone())
             done = done | is_adversarial(logits, y)
             if observe is not None:
                 state = {"x_adv": x_adv, "logits": logits, "images": made}
@@ -741,7 +741,7 @@ def _bisect(model: Model, x: Tensor, x_adv: Tensor, y: Tensor, halvings: int) ->
 def _solved(solve: Solver, x: Tensor) -> Tensor:
     """An answer outside any graph; ``detach`` again, for a solver that turns recording on."""
     with torch.no_grad():
-        return solve(x.detach()).detach()
+        return solve(x.detach().clone()).detach()
 
 
 def _check_draws(samples: int, sigma: float, at_once: int) -> None:

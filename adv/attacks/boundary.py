@@ -47,8 +47,8 @@ def deepfool(
     hyperplane $F_j+w_j^\top r=0$, at distance $|F_j|/\|w_j\|_q$; the nearest one is stepped onto,
     $r=\frac{|F_j|}{\|w_j\|_q^q}\operatorname{sign}(w_j)\odot|w_j|^{q-1}$, clipped to the bounds,
     and the model linearized anew. The search of a sample ends at the first adversarial point among
-    the iterates $x+r$ and the points $x+(1+\eta)r$. On an affine model one step is exact, as long
-    as the bounds stay away.
+    the iterates $x+r$ and the points $x+(1+\eta)r$; of the last step only the second is looked at.
+    On an affine model one step is exact, as long as the bounds stay away.
 
     Toward a target $t$ the same is done with the halfspaces $f_t>f_j$, stepping onto the farthest
     boundary of those that are violated; this reaches the target's region, not its nearest point.
@@ -58,7 +58,7 @@ def deepfool(
         x: (B, ...) inputs inside ``bounds``.
         y: (B,) true labels, or targets where ``targeted``.
         norm: ``"l2"``, ``"linf"``, or any number $p>1$.
-        steps: linearizations at most, each with K backward passes (batched).
+        steps: linearizations at most, each with two forward passes and K backward passes (batched).
         overshoot: $\eta\ge0$, how far beyond the boundary to look.
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
@@ -77,7 +77,7 @@ def deepfool(
     chapter ``first_example``.
     """
     check_seed(seed)
-    check_inputs(model, x, y, bounds=bounds, steps=steps)
+    check_inputs(model, x, y, targeted=targeted, nearest=True, bounds=bounds, steps=steps)
     if exponent(norm) == 1:
         raise ValueError("deepfool() needs p > 1: the closed form's powers end there")
     check_number("overshoot", overshoot)

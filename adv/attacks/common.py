@@ -32,6 +32,8 @@ Observe = Callable[[int, dict[str, Any]], None]
 
 TOLERANCE = 1e-6
 """A margin counts as negative below ``-TOLERANCE`` times the sample's largest absolute logit."""
+LIKE_PROBABILITIES = 1e-5
+"""How near to 1 the sum of outputs that are not negative is if they are a softmax's."""
 DEPTH = 3
 """How deep in a function its networks are looked for."""
 MANY = 1000
@@ -542,11 +544,15 @@ def check_inputs(
     *,
     bounds: Bounds,
     eps: float = 0.0,
+    targeted: bool = False,
+    nearest: bool = False,
     **counts: int,
 ) -> None:
     """Raise on input that no attack can make sense of.
 
-    The number of classes is read from one forward pass of the first sample.
+    The number of classes is read from one forward pass of the first sample. If that gives numbers
+    like probabilities, not negative and with the sum 1, an attack that looks for the ``nearest``
+    point warns with a ``UserWarning``: what the slopes of a softmax tell of distances misleads.
 
     Args:
         model: ``(B, ...) -> (B, K)`` logits.
@@ -554,10 +560,12 @@ def check_inputs(
         y: (B,) int64 labels in 0..K-1, on the device of ``x``.
         bounds: smallest and largest value of an input.
         eps: radius, >= 0.
+        targeted: whether ``y`` is the class wanted.
+        nearest: whether the attack minimizes the distance.
         counts: what is counted from 1, such as ``steps=40, restarts=1``.
 
     Raises:
-        TypeError: a wrong type or dtype.
+        TypeError: a wrong type or dtype; targets in place of ``targeted``.
         ValueError: wrong shapes, devices, labels or ranges, NaN, negative ``eps``, no steps,
             logits that are not finite.
     """
@@ -566,6 +574,9 @@ def check_inputs(
     check_range(x, bounds)
     check_labels(x, y)
     check_number("eps", eps)
+    if not isinstance(targeted, bool | np.bool_):
+        told = "targeted is True or False, and the classes wanted stand in the place of y"
+        raise TypeError(f"{told}; {type(targeted).__name__} is neither")
     for name, value in counts.items():
         check_count(name, value)
     logits = _first(model, x)
@@ -584,6 +595,13 @@ def check_inputs(
     first, last = int(y.min()), int(y.max())
     if first < 0 or last >= logits.shape[1]:
         raise ValueError(f"labels lie in 0..{logits.shape[1] - 1}, but y spans {first}..{last}")
+    like = bool((logits >= 0).all()) and abs(float(logits.sum()) - 1) < LIKE_PROBABILITIES
+    if nearest and like and float(logits.amax()) < 1:
+        warnings.warn(
+            "the model seems to return probabilities: give it without its softmax, or "
+            "distances may be far too large",
+            stacklevel=3,
+        )
 
 
 def check_outputs(

@@ -37,7 +37,7 @@ from adv.attacks.common import (
     settled,
 )
 from adv.attacks.jacobian import FINITE
-from adv.geometry import Norm, dual_norm, exponent, steepest
+from adv.geometry import Norm, dual_norm, exponent, room, steepest
 from adv.geometry import norm as norm_of
 
 __all__ = ["confidence_step", "high_confidence", "nearest_class", "unrolled"]
@@ -63,7 +63,8 @@ def high_confidence(
     r"""The nearest point to which the model gives a class with confidence: $p_t(x+\delta)\ge c$.
 
     Each step solves $\min\|r\|_p$ subject to $\log p_t+w^\top r\ge\log c$, with
-    $w=\nabla\log p_t$ at the iterate (``confidence_step``), and clips the sum to the bounds. The
+    $w=\nabla\log p_t$ at the iterate (``confidence_step``), and clips the sum to the bounds; for
+    $p<2$, where a step is spent on few entries, without those that are at their wall already. The
     search of a sample ends with the first of the points $x+(1+\eta)\delta$, one after each step, at
     which $p_t\ge c$. The iterates $x+\delta$ themselves are looked at with $\eta=0$ only. Without a
     target, $t$ is the class of the nearest linearized boundary at ``x`` (``nearest_class``), or
@@ -98,7 +99,7 @@ def high_confidence(
     ``critic``.
     """
     check_seed(seed)
-    check_inputs(model, x, y, bounds=bounds, steps=steps)
+    check_inputs(model, x, y, targeted=targeted, nearest=True, bounds=bounds, steps=steps)
     check_number("overshoot", overshoot)
     limit, x, watch = _limit(max_step), x.detach().clone(), GradientWatch(x)
     x_adv = x
@@ -119,6 +120,10 @@ def high_confidence(
         for step in range(steps):
             log_p, w = input_gradient(lambda z: _log_p(model(z), plain(target)), x_adv)
             w = watch.see(w, best.found)
+            if exponent(norm) < 2:  # a step is of few entries: not of those that cannot move
+                ahead = torch.where(expand(log_p < log_c, w), w, -w)
+                low, high = room(x_adv, bounds)
+                w = torch.where(torch.where(ahead > 0, high, -low) > 0, w, 0.0)
             if observe is not None:
                 observe(step, {"x_adv": x_adv, "log_p": log_p, "target": target})
             x_adv = (x_adv + confidence_step(log_p, w, log_c, norm, limit)).clamp(*bounds)

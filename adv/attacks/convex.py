@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from adv.attacks.common import (
     Bounds,
@@ -253,7 +253,7 @@ def ensemble(models: Sequence[Model], weights: Sequence[float] | None = None) ->
 
     Source: Balda et al. (2018), Table 2, "ensemble"; Liu et al. (2017); chapter ``convex``.
     """
-    if not isinstance(models, Sequence):
+    if not isinstance(models, Sequence | nn.ModuleList):
         raise TypeError(f"models is a sequence of models, not {type(models).__name__}")
     share = torch.ones(len(models)) if weights is None else torch.as_tensor(weights)
     fit = share.shape == (len(models),) and bool(((share > 0) & share.isfinite()).all())
@@ -265,7 +265,10 @@ def ensemble(models: Sequence[Model], weights: Sequence[float] | None = None) ->
         with ExitStack() as stack:
             for model in models:
                 stack.enter_context(eval_mode(model))
-            parts = [model(x).log_softmax(1) + log for model, log in zip(models, logs, strict=True)]
+            parts = [
+                model(x.clone()).log_softmax(1) + log
+                for model, log in zip(models, logs, strict=True)
+            ]
         return torch.stack(parts).logsumexp(dim=0)
 
     return together

@@ -82,7 +82,7 @@ def fgsm(
     Source: Goodfellow et al. (2015); Matyasko (2020), (2.16)-(2.17); chapter ``first_example``.
     """
     check_seed(seed)
-    check_inputs(model, x, y, bounds=bounds, eps=eps)
+    check_inputs(model, x, y, targeted=targeted, bounds=bounds, eps=eps)
     climb, watch = objective(loss, targeted), GradientWatch(x)
     exponent(norm)
     with eval_mode(model):
@@ -153,7 +153,9 @@ def pgd(
     Source: Madry et al. (2018); Dong et al. (2018) for momentum; Tramer and Boneh (2019) for the l1
     step; Matyasko (2020), section 2.4; chapter ``first_example``.
     """
-    check_inputs(model, x, y, bounds=bounds, eps=eps, steps=steps, restarts=restarts)
+    check_inputs(
+        model, x, y, targeted=targeted, bounds=bounds, eps=eps, steps=steps, restarts=restarts
+    )
     alpha = 2.5 * eps / steps if step_size is None else step_size
     _check_settings(norm, alpha, momentum, sparsity, restarts if not random_start else 1)
     x = x.detach()
@@ -219,7 +221,7 @@ def random_noise(
 
     Source: chapter ``first_example``.
     """
-    check_inputs(model, x, y, bounds=bounds, eps=eps, draws=draws)
+    check_inputs(model, x, y, targeted=targeted, bounds=bounds, eps=eps, draws=draws)
     x, best = x.detach(), Best(x)
     with torch.no_grad(), eval_mode(model):
         for draw in range(draws):
@@ -260,7 +262,7 @@ def noise(
     p, d = exponent(norm), x.shape[1:].numel()
     if kind not in ("ball", "sphere", "sign"):
         raise ValueError(f"kind is 'ball', 'sphere' or 'sign', not {kind!r}")
-    shape: Any = {"size": x.shape, "dtype": x.dtype, "generator": generator}
+    shape: Any = {"size": x.shape, "dtype": x.dtype, "generator": generator, "device": "cpu"}
     if kind == "sign":
         z = (torch.rand(**shape) < 0.5).to(x.dtype) * 2 - 1
     elif p == math.inf:
@@ -273,10 +275,11 @@ def noise(
         z = u.sign() * _quantile(u.abs().clamp_max(1 - torch.finfo(x.dtype).eps / 2), p)
     if kind == "ball" and p == math.inf:
         return eps * z.to(x.device)
-    radius = torch.ones(len(x), dtype=x.dtype)
+    radius = torch.ones(len(x), dtype=x.dtype, device="cpu")
     if kind == "ball":
-        radius = torch.rand(len(x), dtype=x.dtype, generator=generator) ** (1 / d)
-    return eps * (z * expand(radius / norm_of(z, norm), z)).to(x.device)
+        radius = torch.rand(**(shape | {"size": (len(x),)})) ** (1 / d)
+    length = norm_of(z, norm).clamp_min(torch.finfo(x.dtype).tiny)  # of one entry, 0 may be drawn
+    return eps * (z * expand(radius / length, z)).to(x.device)
 
 
 def sparse_step(

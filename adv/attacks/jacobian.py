@@ -255,7 +255,9 @@ def singular(
     Source: Balda et al. (2018), (14); chapter ``regression``.
     """
     J = Jacobian.of(jacobian)
-    start = torch.randn(J.x.shape, dtype=J.x.dtype, generator=generator(seed)).to(J.x.device)
+    start = torch.randn(J.x.shape, dtype=J.x.dtype, generator=generator(seed), device="cpu").to(
+        J.x.device
+    )
     unit = partial(steepest, kind="l2")
     v = ascend(J, None, unit(start), unit, steps=steps, tol=tol, observe=observe)
     image = J.jvp(v)
@@ -332,7 +334,7 @@ def trust_region(
     $v$ fills the ball.
 
     Args:
-        jacobian: matrices (B, K, d), or an operator, which is written out.
+        jacobian: matrices (B, K, d).
         b: (B, d), $J^\top(f(x)-y)$ for the regression problem.
         eps: radius, >= 0.
 
@@ -488,8 +490,8 @@ def sign_bound(gram: Float[Tensor, "B Z Z"], *, steps: int = 500) -> Float[Tenso
 
     The relaxation $\max\operatorname{tr}GX$, $X\succeq0$, $X_{ii}=1$ is climbed with $X=VV^\top$,
     $V\leftarrow$ the rows of $GV$ at length 1. Its $\lambda_i=(GV)_i\cdot V_i$, raised until
-    $\operatorname{diag}\lambda-G\succeq0$, are feasible for the dual whatever $V$: the bound holds
-    after any number of steps.
+    $\operatorname{diag}\lambda-G\succeq0$, are feasible for the dual whatever $V$: up to rounding
+    the bound holds after any number of steps.
 
     Args:
         gram: (B, Z, Z) positive semidefinite matrices, best in float64.
@@ -507,7 +509,7 @@ def sign_bound(gram: Float[Tensor, "B Z Z"], *, steps: int = 500) -> Float[Tenso
         raise ValueError(f"expected symmetric matrices (B, Z, Z), got shape {tuple(gram.shape)}")
     rank = math.isqrt(2 * Z) + 2
     shape = (len(gram), Z, rank)
-    V = torch.randn(shape, dtype=gram.dtype, generator=generator(0)).to(gram.device)
+    V = torch.randn(shape, dtype=gram.dtype, generator=generator(0), device="cpu").to(gram.device)
     for _ in range(steps):
         V = torch.nn.functional.normalize(gram @ V, dim=2)
     lam = (gram @ V * V).sum(2)

@@ -295,7 +295,7 @@ def _image(manifold: Manifold, z: Tensor, y: Tensor, bounds: Bounds) -> Tensor:
 def _encode(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
     """The codes, in the inputs' precision, after a look at what the manifold makes of them."""
     with torch.no_grad():
-        z = manifold.encode(x, y)
+        z = manifold.encode(x.clone(), y)
         again = manifold.decode(z[:1], y[:1])
     if z.ndim != 2 or len(z) != len(x) or not z.is_floating_point():
         raise ValueError(f"encode() must return {len(x)} codes (B, k), not {tuple(z.shape)}")

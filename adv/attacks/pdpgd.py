@@ -226,19 +226,21 @@ def pdpgd(
     Source: Matyasko (2020), section 5.3, Algorithms 2 and 3 as corrected by E1 to E15; chapter
     ``pdpgd``.
     """
-    check_inputs(model, x, y, bounds=bounds, steps=steps)
+    check_inputs(model, x, y, targeted=targeted, nearest=True, bounds=bounds, steps=steps)
     check_whole("restarts", restarts)
     check_seed(seed)  # so that a bad seed is told before the first pass
     h = size_of(norm, x)
     rules = _settings(settings, h)
+    inside = x.detach().clamp(*bounds)  # a rounding beyond the bounds is no change of a value
     with eval_mode(model):
-        search = Search(model, x.detach(), y, h, targeted, bounds, steps, observe)
+        search = Search(model, inside, y, h, targeted, bounds, steps, observe)
         search.begin()
         if observe is None:
             search = search.part(~search.best.found)
         if len(search.x):  # otherwise all are adversarial already
             _attack(search, rules, restarts, seed)
-    return search.finish()
+    found = search.finish()
+    return torch.where(found == inside, x.detach(), found)
 
 
 # --------------------------------------------------------------------------------------- the game
@@ -268,7 +270,7 @@ def _play(
         reached = torch.minimum(reached, seen.reached)
         if k == 0:
             gain = search.gain(rules.gain, rival)
-            log_lam = h.equilibrium(m, g, gain, rules.multiplier).log()
+            log_lam = h.equilibrium(m, g, gain, rules.multiplier, search.width).log()
             weights = _simplex(log_lam)
         weights = weights.lerp(_simplex(log_lam), 0.1)
         lam = weights[0] / weights[1]
@@ -463,7 +465,8 @@ def _roam(search: Search, task: _Task, *, relaxed: bool) -> None:
     """Relaxed games, or trials and explorations, from random points against all classes."""
     wide, draws = _wide(search), generator(task.seed)
     share, length = (RELAXED_SHARE, RELAX) if relaxed else (ROAM, TRIAL)
-    for _ in range(int(share * search.left) // _passes(search, length)):
+    passes, reserve = _passes(search, length), _retreat_passes(search.h) + 1
+    for _ in range(min(int(share * search.left), search.left - reserve) // passes):
         start = search.start(SCATTER, wide, draws)
         if relaxed:
             _relax(search, start)
@@ -475,11 +478,19 @@ def _roam(search: Search, task: _Task, *, relaxed: bool) -> None:
     _games(search, task, None, task.distances[:, 0], draws, misled=True)
 
 
+def _retreat_passes(h: Size) -> int:
+    """What ``_retreat`` spends."""
+    return (ALONG + BISECT) * (h.kind in SPARSE) + BISECT * (not h.counts)
+
+
 def _retreat(search: Search) -> None:
     """From the nearest point found back to the boundary, where slopes tell again.
 
-    Under sparse penalties first with fewer of its entries: those that lower the margin most.
+    Under sparse penalties first with fewer of its entries: those that lower the margin most. Only
+    if a pass is left for the last game.
     """
+    if search.left <= _retreat_passes(search.h):
+        return
     if search.h.kind in SPARSE:
         way = search.nearest()
         rank, total = _ranks(search, way)
@@ -706,5 +717,5 @@ def _settings(settings: Any, h: Size) -> Settings:
     if settings == "thesis":
         return THESIS
     if settings == "recommended":
-        return RECOMMENDED.get(h.kind, RECOMMENDED["l0" if h.own is None else "own"])
+        return RECOMMENDED.get(h.kind, RECOMMENDED["l0"])  # group_l0
     raise ValueError(f"settings are 'recommended', 'thesis' or Settings(...), not {settings!r}")

@@ -51,7 +51,7 @@ def lbfgs(
     *,
     steps: int = 500,
     searches: int = 10,
-    weight: float = 0.01,
+    weight: float | None = None,
     targeted: bool = False,
     bounds: Bounds = (0.0, 1.0),
     seed: int = 0,
@@ -70,9 +70,10 @@ def lbfgs(
         x: (B, ...) inputs inside ``bounds``.
         y: (B,) true labels, or targets where ``targeted``.
         steps: forward and backward passes of each sample at most, over all weights.
-        searches: weights tried, each with an equal share of the steps.
-        weight: the first $c$ in (0, 1e15], per squared unit of ``x``: under bounds (0, 255) it
-            takes 255^2 times the weight it takes under (0, 1). It grows to 1e15 at most.
+        searches: weights tried. Each may take an equal share of the steps, and what those before it
+            have left of theirs.
+        weight: the first $c$ in (0, 1e15], in squared units of ``x``; by default 0.01 times the
+            squared range of the bounds. It grows to 1e15 at most.
         targeted: whether ``y`` is the class wanted.
         bounds: smallest and largest value of an input.
         seed: not used, since nothing is drawn.
@@ -89,7 +90,10 @@ def lbfgs(
     Source: Szegedy et al. (2014), section 4.1; Matyasko (2020), (2.14); chapter ``benchmark``.
     """
     check_seed(seed)
-    check_inputs(model, x, y, bounds=bounds, steps=steps, searches=searches)
+    check_inputs(
+        model, x, y, targeted=targeted, nearest=True, bounds=bounds, steps=steps, searches=searches
+    )
+    weight = 0.01 * (bounds[1] - bounds[0]) ** 2 if weight is None else weight
     _check_positive("weight", weight, x)
     check_number("weight", weight, HEAVIEST)
     x, watch, parts = x.detach(), GradientWatch(x), []
@@ -129,7 +133,7 @@ class _Passes:
     def __call__(self, z: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         if self.count == self.limit:
             raise _SpentError
-        x_adv = torch.as_tensor(z).to(self.x).reshape(self.x.shape).clamp(*self.bounds)
+        x_adv = torch.from_numpy(z).to(self.x).reshape(self.x.shape).clamp(*self.bounds)
         loss: list[Tensor] = []
 
         def value(logits: Tensor, y: Tensor) -> Tensor:
@@ -189,7 +193,7 @@ def carlini_wagner(
     *,
     steps: int = 9000,
     searches: int = 9,
-    weight: float = 1e-3,
+    weight: float | None = None,
     lr: float = 0.01,
     confidence: float = 0.0,
     variable: Literal["tanh", "clip"] = "tanh",
@@ -211,8 +215,8 @@ def carlini_wagner(
         y: (B,) true labels, or targets where ``targeted``.
         steps: forward and backward passes of each sample, over all weights; the first is at ``x``.
         searches: weights tried, each with an equal share of the other steps.
-        weight: the first $c$ in (0, 1e15], per squared unit of ``x``: under bounds (0, 255) it
-            takes 255^2 times the weight it takes under (0, 1). It grows to 1e15 at most.
+        weight: the first $c$ in (0, 1e15], in squared units of ``x``; by default 0.001 times the
+            squared range of the bounds. It grows to 1e15 at most.
         lr: Adam's step size, in units of $w$, or of the half range with ``"clip"``.
         confidence: $\kappa\ge0$, in units of the logits; only points with $m<-\kappa$ count.
         variable: how the box is kept, ``"tanh"`` or ``"clip"``.
@@ -234,8 +238,11 @@ def carlini_wagner(
     ``benchmark``.
     """
     check_seed(seed)
-    check_inputs(model, x, y, bounds=bounds, steps=steps, searches=searches)
+    check_inputs(
+        model, x, y, targeted=targeted, nearest=True, bounds=bounds, steps=steps, searches=searches
+    )
     check_number("confidence", confidence)
+    weight = 1e-3 * (bounds[1] - bounds[0]) ** 2 if weight is None else weight
     _check_positive("weight", weight, x)
     check_number("weight", weight, HEAVIEST)
     _check_positive("lr", lr, x)

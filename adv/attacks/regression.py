@@ -333,11 +333,12 @@ def subset(
             group = gain.argmax(dim=1, keepdim=True)
             used = used.scatter(1, group, True)
             mine = (ids == group).view_as(x)
-            move = torch.where(mine, move, 0.0)
-            ahead = (x_adv + move).clamp(*bounds)
+            ahead = torch.where(mine, (x_adv + move).clamp(*bounds), x_adv)
             if kind == "quadratic":
-                back = (x_adv + torch.where(mine, other, 0.0)).clamp(*bounds)
-                ahead = torch.where(expand(value(back) > value(ahead), x), back, ahead)
+                back = torch.where(mine, (x_adv + other).clamp(*bounds), x_adv)
+                ahead = torch.where(
+                    expand(value(back.clone()) > value(ahead.clone()), x), back, ahead
+                )
             x_adv = ahead
             if observe is not None:
                 observe(step, {"x_adv": x_adv, "gain": gain, "group": group.squeeze(1)})
@@ -387,9 +388,13 @@ def random_perturbation(
         ids, table = _groups(x, "pixels")
         if count > len(table):
             raise ValueError(f"count is at most the number of pixels, {len(table)}, not {count}")
-        rank = torch.rand(len(x), len(table), generator=draws).argsort(dim=1).argsort(dim=1)
+        rank = (
+            torch.rand(len(x), len(table), generator=draws, device="cpu")
+            .argsort(dim=1)
+            .argsort(dim=1)
+        )
         delta = torch.where((rank.to(x.device) < count)[:, ids].view_as(x), delta, 0.0)
-    return (x + delta).clamp(*bounds)
+    return torch.where(delta == 0, x, (x + delta).clamp(*bounds))
 
 
 # ---------------------------------------------------------------------------------- shared steps
@@ -434,7 +439,7 @@ def _default(x: Tensor) -> Rule:
 
 def _random_like(x: Tensor, seed: int, *stream: int) -> Tensor:
     draws = generator(seed, *stream)
-    return torch.randn(x.shape, dtype=x.dtype, generator=draws).to(x.device)
+    return torch.randn(x.shape, dtype=x.dtype, generator=draws, device="cpu").to(x.device)
 
 
 def _error(out: Tensor, y: Tensor) -> Float[Tensor, " B"]:

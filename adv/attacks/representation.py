@@ -79,6 +79,8 @@ def match(
     chapter ``autoencoders``.
     """
     check_outputs(encoder, x, code, bounds, eps, steps=steps, restarts=restarts)
+    if code is None:
+        raise TypeError("code is a tensor shaped like the encoder's output, not None")
     alpha = 2.5 * eps / steps if step_size is None else step_size
     check_number("step_size", alpha)
     if exponent(norm) not in (2.0, math.inf):
@@ -109,6 +111,6 @@ def match(
                 delta = project(delta - alpha * steepest(gradient, norm), norm, eps, box=box)
             x_adv = (x + delta).clamp(*bounds)
             with torch.no_grad():
-                best.update(x_adv, distance(x_adv))
+                best.update(x_adv, distance(x_adv.clone()))
     watch.report("match()")
     return best.x_adv

@@ -49,29 +49,32 @@ class Split:
     ``split[index]`` selects by a slice, a mask or a tensor of indices, and is a ``Split`` again.
 
     Args:
-        x: (N, C, H, W) images, float32 in [0, 1].
+        x: (N, ...) inputs; of all data sets here images (N, C, H, W), float32 in [0, 1].
         y: (N,) labels.
         exact: (N,) False where a sample is a lossy copy of the original; None where all are exact.
 
     Raises:
-        TypeError: images that are not floating point, labels that are not int64, or an ``exact``
+        TypeError: inputs that are not floating point, labels that are not int64, or an ``exact``
             that is not boolean.
         ValueError: other shapes.
     """
 
-    x: Float[Tensor, "N C H W"]
+    x: Float[Tensor, "N ..."]
     y: Int64[Tensor, " N"]
     exact: Bool[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
-        if self.x.ndim != 4 or self.y.shape != self.x.shape[:1]:
+        if not (isinstance(self.x, Tensor) and isinstance(self.y, Tensor)):
+            kinds = f"{type(self.x).__name__} and {type(self.y).__name__}"
+            raise TypeError(f"a split takes tensors, not {kinds}")
+        if self.x.ndim < 2 or self.y.shape != self.x.shape[:1]:
             raise ValueError(
-                f"a split takes images (N, C, H, W) and labels (N,), not {tuple(self.x.shape)} "
+                f"a split takes inputs (N, ...) and labels (N,), not {tuple(self.x.shape)} "
                 f"and {tuple(self.y.shape)}"
             )
         if not self.x.is_floating_point() or self.y.dtype != torch.int64:
             raise TypeError(
-                f"a split takes float images and int64 labels, not {self.x.dtype} and "
+                f"a split takes float inputs and int64 labels, not {self.x.dtype} and "
                 f"{self.y.dtype}"
             )
         if self.exact is not None and self.exact.shape != self.y.shape:

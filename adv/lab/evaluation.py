@@ -658,7 +658,7 @@ def _takes(attack: Attack, name: str) -> bool:
 
 def _norm_of(attack: Attack, given: Norm | None) -> Norm:
     norm = _default(attack, "norm") if given is None else given
-    if not _named(norm):
+    if not _named(norm) or norm in ("l1/2", "l2/3"):
         raise TypeError(
             "a norm to measure in has a name: bind a penalty of your own to the attack with "
             "functools.partial(attack, norm=...), and say norm=... here"
@@ -688,9 +688,17 @@ def _check(model: Model, x: Tensor, y: Tensor, chunk: int, bounds: Bounds = FINI
 
 def _check_mode(model: Model) -> None:
     for network in networks(model):
-        if any(module.training for module in network.modules()):
+        if any(module.training for module in _switchable(network)):
             whose = "the model" if network is model else f"{type(network).__name__} in the model"
             raise ValueError(f"{whose} is in training mode; call its eval() before measuring it")
+
+
+def _switchable(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules with two modes: one that was exported has but one, and refuses ``eval()``."""
+    if "eval" not in vars(network):
+        yield network
+        for child in network.children():
+            yield from _switchable(child)
 
 
 def _check_logits(logits: Any, y: Tensor) -> None:

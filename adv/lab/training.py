@@ -169,13 +169,15 @@ def fit(
         Mean loss, score and seconds of each epoch, those before a resume included.
 
     Raises:
-        TypeError: ``epochs`` or ``batch_size`` is no integer, a set is no ``Split``.
+        TypeError: ``epochs`` or ``batch_size`` is no integer, a set is no ``Split``, the model no
+            module, the loss no function of model, inputs and labels.
         ValueError: on an empty set, settings out of range, nothing to train, or a checkpoint that
             is damaged or another run's; PyTorch's, on a batch of one sample for ``BatchNorm1d``.
         DivergenceError: where the loss is not finite.
 
     Source: chapter ``defending``.
     """
+    _check_parts(model, loss)
     _check(train, val, epochs, batch_size, lr, schedule)
     epochs, batch_size, lr = int(epochs), int(batch_size), float(lr)
     steps = _optimizer(optimizer, [p for p in model.parameters() if p.requires_grad], lr)
@@ -225,6 +227,14 @@ def fit(
     if best is not None:
         model.load_state_dict(best)
     return history
+
+
+def _check_parts(model: nn.Module, loss: Loss) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a torch module, not {type(model).__name__}")
+    if not callable(loss) or isinstance(loss, nn.modules.loss._Loss):
+        told = "loss is a function (model, x, y) -> scalar; for cross-entropy leave it out"
+        raise TypeError(f"{told}, not {loss!r}")
 
 
 def _check(

@@ -17,15 +17,18 @@ from torch import nn
 
 from adv.attacks._search import Search
 from adv.attacks._size import size_of
-from adv.attacks.adaptive import _reweighed, distortion_search
+from adv.attacks.adaptive import _reweighed, distortion_search, latent_walk, nes
 from adv.attacks.argmin import WarmStart, implicit_gradient
+from adv.attacks.boundary import deepfool
 from adv.attacks.common import GradientMaskingWarning, check_range, leaf
 from adv.attacks.confidence import confidence_step, high_confidence, nearest_class, unrolled
-from adv.attacks.convex import gnm, margin_radius
+from adv.attacks.convex import ensemble, gnm, margin_radius
+from adv.attacks.gradient import pgd
 from adv.attacks.jacobian import Jacobian, singular
-from adv.attacks.latent import latent_fgsm, latent_pgd
+from adv.attacks.latent import latent_fgsm, latent_pgd, reconstruct
 from adv.attacks.pdpgd import pdpgd
-from adv.attacks.regression import linear, quadratic, subset
+from adv.attacks.regression import linear, quadratic, random_perturbation, subset
+from adv.attacks.representation import match
 from adv.geometry import linear_oracle, norm, pixels, room
 
 
@@ -239,7 +242,37 @@ def test_labels_told_to_a_manifold_may_come_from_inference(scene):
 # --------------------------------------------------------------------------- models with habits
 
 
+def matched(model, x, y):
+    return match(model, x, torch.full((len(x), 3), 2.0), eps=0.1, steps=4)
+
+
+class Habit:
+    """A manifold, or a search for codes, that changes what it is given."""
+
+    def __init__(self, model):
+        self.layer = model[0]
+
+    def encode(self, x, y):
+        return self.layer(x).tanh()
+
+    def decode(self, z, y):
+        return torch.sigmoid(z)
+
+    def explain(self, x):
+        z = self.layer(x)
+        return torch.stack([z[:, 0], z[:, 1], z[:, 2]], 1), z.sigmoid()[:, None].expand(-1, 3, -1)
+
+
 PARTS = {
+    "representation": matched,
+    "quadratic subset": lambda model, x, y: subset(model, x, eps=0.1, kind="quadratic"),
+    "ensemble": lambda model, x, y: ensemble([model, model])(x),
+    "latent": lambda model, x, y: latent_pgd(model, x, y, manifold=Habit(model), eps=0.2, steps=3),
+    "reconstruction": lambda model, x, y: reconstruct(x, y, manifold=Habit(model)),
+    "walk": lambda model, x, y: latent_walk(
+        model, x, y, explain=Habit(model).explain, steps=5, halvings=3
+    ),
+    "guessed": lambda model, x, y: pgd(nes(model, samples=4), x, y, eps=0.1, steps=3),
     "nearest class": nearest_class,
     "steps of training": lambda model, x, y: unrolled(model, x, (y + 1) % 3, confidence=None),
     "all of the graph": lambda model, x, y: unrolled(model, x, (y + 1) % 3, detached=False),
@@ -264,6 +297,52 @@ def test_a_model_that_works_in_place_is_attacked_like_any_other(attack, scene):
         expected, found = run(plain, x, y), run(in_place, x, y)
         assert torch.equal(x, before)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("attack", [*attacks()])
+@pytest.mark.filterwarnings("ignore")
+def test_draws_stay_on_the_cpu_whatever_the_default_device(attack, scene):
+    net, x, y = scene
+    expected = call(attack, net, x, y)
+    with torch.device("meta"):
+        try:
+            found = call(attack, net, x, y)
+        except NotImplementedError as error:  # a tensor made without a device
+            pytest.fail(str(error))
+    assert torch.equal(found, expected)
+
+
+def test_a_rounding_beyond_the_bounds_is_no_changed_pixel(scene):
+    net, x, _ = scene
+    x = x.clone()
+    x[:, 0], x[:, 1] = 1 + 5e-7, -5e-7
+    changed = [subset(net, x, eps=0.1), random_perturbation(x, eps=0.1, norm="pixels")]
+    changed += [subset(net, x, eps=0.1, kind="quadratic")]
+    for found in changed:
+        assert ((found != x).sum(dim=1) <= 1).all()
+
+
+def test_probabilities_are_told_from_logits(scene):
+    net, x, y = scene
+    sure = nn.Sequential(net, nn.Softmax(dim=1))
+    with pytest.warns(UserWarning, match="probabilities: give it without its softmax"):
+        deepfool(sure, x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deepfool(net, x, y)
+        pgd(sure, x, y, eps=0.1)  # the score of a softmax is an objective like others
+
+
+@pytest.mark.parametrize("norm", ["l1", 1.01])
+def test_confidence_is_reached_by_few_entries_though_the_box_stops_them(norm, scene):
+    net, x, _ = scene
+    target = net(1 - x).argmax(dim=1)
+    found = high_confidence(
+        net, x, target, targeted=True, confidence=0.4, norm=norm, bounds=(-0.5, 1.5)
+    )
+    assert (net(found).argmax(dim=1) == target).all()
+    assert found.min() >= -0.5
+    assert found.max() <= 1.5
 
 
 def test_a_leaf_is_outside_all_graphs_and_its_copy_may_be_changed():

@@ -287,10 +287,29 @@ def test_noise_on_the_sphere_has_full_length(norm, kind):
 def test_noise_is_finite_at_the_ends_of_the_uniform_law(end, monkeypatch):
     """torch.rand gives 0 once in 2^24 draws, where the Laplace law's logarithm is infinite."""
     monkeypatch.setattr(
-        torch, "rand", lambda size, dtype, generator: torch.full(size, end).to(dtype)
+        torch, "rand", lambda size, dtype, generator, device: torch.full(size, end).to(dtype)
     )
     z = noise(torch.zeros(2, 4), 1.0, "l1", "sphere", generator=generator(0))
     assert torch.allclose(z, torch.full((2, 4), 0.25 if end else -0.25))
+
+
+@pytest.mark.parametrize("kind", ["ball", "sphere"])
+@pytest.mark.parametrize("norm", ["linf", "l2", 1.5])
+def test_noise_of_one_value_is_finite_where_0_is_drawn(norm, kind, monkeypatch):
+    for name, drawn in (("rand", 0.5), ("randn", 0.0)):
+        monkeypatch.setattr(
+            torch,
+            name,
+            lambda size, dtype, generator, device, drawn=drawn: torch.full(size, drawn).to(dtype),
+        )
+    assert (noise(torch.zeros(2, 1), 1.0, norm, kind, generator=generator(0)) == 0).all()
+
+
+def test_targets_stand_in_the_place_of_labels(digits):
+    model, x, y = digits
+    for wrong in (3, "no", (y + 1) % 10):
+        with pytest.raises(TypeError, match="classes wanted stand in the place of y"):
+            pgd(model, x, y, eps=0.1, targeted=wrong)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

@@ -259,3 +259,13 @@ def test_against_foolbox(digits):
     ours = lengths(ours - x, "l2")
     assert ours.mean() == pytest.approx(theirs.mean(), rel=0.03)
     assert np.median(ours / theirs) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("attack", [lbfgs, carlini_wagner])
+def test_the_unit_of_the_inputs_plays_no_part(attack, digits):
+    model, x, y = digits
+    model, x, y = copy.deepcopy(model).double(), x[:4].double(), y[:4]
+    plain = attack(model, x, y, steps=100, searches=4)
+    wide = attack(lambda z: model(z / 256), 256 * x, y, steps=100, searches=4, bounds=(0.0, 256.0))
+    assert (plain != x).any()
+    assert torch.allclose(wide / 256, plain, atol=1e-6)

@@ -191,8 +191,11 @@ def test_split_indexing():
         Split(torch.zeros(4, 1, 8, 8), torch.zeros(4))
     with pytest.raises(TypeError, match="slice or a 1-d tensor"):
         digits[3]
-    with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
-        Split(torch.zeros(4, 8, 8), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"inputs \(N, ...\)"):
+        Split(torch.zeros(4), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(TypeError, match="takes tensors, not ndarray and Tensor"):
+        Split(digits.x.numpy(), digits.y)
+    assert Split(digits.x.flatten(1), digits.y)[:3].x.shape == (3, 64)
     with pytest.raises(ValueError, match="labels"):
         Split(torch.zeros(4, 1, 8, 8), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"exact is \(N,\)"):

@@ -12,6 +12,7 @@ from torch import nn
 
 from adv.attacks.boundary import deepfool
 from adv.attacks.gradient import fgsm, pgd
+from adv.attacks.pdpgd import pdpgd
 from adv.lab import evaluation as ev
 from adv.lab.models import MLP, DigitsCNN, build
 
@@ -661,3 +662,21 @@ def test_a_penalty_of_ones_own_is_bound_to_the_attack_and_measured_in_a_norm(pro
     norms = ev.minimal_norms(*problem[:3], partial(own, norm=mine), norm="l2")
     assert seen == [mine]
     assert torch.equal(norms, ev.minimal_norms(*problem[:3], nearest, norm="l2"))
+
+
+def test_an_exported_network_is_measured_in_the_one_mode_that_it_has():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    x = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    batch = ({0: torch.export.Dim("batch", min=1, max=100)},)
+    exported = torch.export.export(net, (x,), dynamic_shapes=batch).module()
+    y = net(x).argmax(dim=1)
+    assert ev.accuracy(lambda z: exported(z), x, y) == 1
+    with pytest.raises(ValueError, match="training mode"):
+        ev.accuracy(nn.Sequential(exported, nn.Dropout()), x, y)
+
+
+def test_powers_are_bound_to_the_attack():
+    net = nn.Linear(4, 3).eval()
+    x, y = torch.rand(2, 4), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match=r"functools.partial\(attack, norm=...\)"):
+        ev.minimal_norms(net, x, y, pdpgd, norm="l1/2")

@@ -573,6 +573,11 @@ def test_nothing_to_train_raises():
         quiet(nn.Flatten(), blobs(), epochs=1)
     with pytest.raises(TypeError, match="epochs"):
         quiet(network(), blobs(), epochs=1.5)
+    with pytest.raises(TypeError, match="model is a torch module, not function"):
+        quiet(lambda x: x, blobs(), epochs=1)
+    for loss in ("ce", nn.CrossEntropyLoss()):
+        with pytest.raises(TypeError, match="for cross-entropy leave it out"):
+            quiet(network(), blobs(), epochs=1, loss=loss)
 
 
 X, Y = blobs().x, blobs().y
