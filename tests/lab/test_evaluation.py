@@ -677,6 +677,7 @@ def test_an_exported_network_is_measured_in_the_one_mode_that_it_has():
 
 def test_powers_are_bound_to_the_attack():
     net = nn.Linear(4, 3).eval()
-    x, y = torch.rand(2, 4), torch.tensor([0, 1])
+    x = torch.rand(2, 4)
+    y = net(x).argmax(dim=1)
     with pytest.raises(TypeError, match=r"functools.partial\(attack, norm=...\)"):
         ev.minimal_norms(net, x, y, pdpgd, norm="l1/2")
