@@ -324,7 +324,7 @@ def _square(difference: Tensor) -> float:
 def _codes(model: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(model, VAE):
         raise TypeError(f"codes are of a VAE, not of a {type(model).__name__}")
-    return torch.cat([model.posterior(part)[0] for part in x.split(CHUNK)])
+    return torch.cat([model.posterior(part.clone())[0] for part in x.split(CHUNK)])
 
 
 def kept(sample: Sample) -> Named:
@@ -465,7 +465,7 @@ def convincing(sample: Sample) -> Named:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([model(part) for part in x.split(CHUNK)])
+    return torch.cat([model(part.clone()) for part in x.split(CHUNK)])
 
 
 MEASURES: dict[str, Callable[[Sample], Named]] = {

@@ -2,12 +2,10 @@ r"""The adversary critic: a network's own adversarial images must look like the 
 
 The pieces of the game: the ``Critic`` with one output for each class, its loss and the penalty on
 its slope, what the classifier pays, and the running confidences that the attack aims for.
-``adv.lab.duel.fit_critic`` plays it.
-
-The losses are called at every step of a training, on batches that are not empty: of an empty one a
-``Critic`` makes an ``IndexError``.
+``adv.lab.duel.fit_critic`` plays it. The losses are of batches that are not empty.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -61,7 +59,7 @@ class Critic(nn.Module):
 
     def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B K"]:
         """(B, ...) inputs with ``sizes[0]`` values each to (B, K) logits."""
-        if x.ndim < 2 or x[0].numel() != self.sizes[0]:
+        if x.ndim < 2 or math.prod(x.shape[1:]) != self.sizes[0]:
             raise ValueError(
                 f"the critic takes (B, ...) inputs of {self.sizes[0]} values, not {tuple(x.shape)}"
             )

@@ -133,9 +133,16 @@ class Committee:
 
     Args:
         members: by name, each ``(B, ...) -> (B,)`` classes.
+
+    Raises:
+        ValueError: no members.
     """
 
     members: Mapping[str, Member]
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError("a committee has at least one member")
 
     def votes(self, x: Tensor) -> dict[str, Int[Tensor, " N"]]:
         """What each member says of images (N, ...): (N,) classes on the CPU."""
@@ -201,4 +208,4 @@ def _said(classifier: KNeighborsClassifier | SVC, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _named(network: nn.Module, x: Tensor) -> Tensor:
     place = next(iter(network.parameters()), x).device
-    return network(x.to(place)).argmax(dim=1)
+    return network(x.clone().to(place)).argmax(dim=1)  # a layer may change it in place

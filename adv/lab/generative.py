@@ -78,7 +78,7 @@ def elbo(variance: float = 0.01, targets: Float[Tensor, "N C H W"] | None = None
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         vae = _vae(model)
         told = y if vae.classes else None
-        wanted = x if targets is None else targets.to(x)[y]
+        wanted = x if targets is None else targets[y.to(targets.device)].to(x)
         mean, log_variance = vae.posterior(x, told)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         misfit = _misfit(vae.decode(z, told), wanted, variance)
@@ -95,7 +95,8 @@ def class_elbo(variance: float = 0.01) -> Loss:
             trained with $s^2=\beta/2$, which makes its losses $2s^2$ times these bounds.
 
     Returns:
-        The loss ``(model, x, y) -> scalar``, a mean over the images.
+        The loss ``(model, x, y) -> scalar``, a mean over the images; it raises a ``ValueError`` on
+        a label without a model.
 
     Raises:
         ValueError: a variance that isn't positive.
@@ -107,6 +108,8 @@ def class_elbo(variance: float = 0.01) -> Loss:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if not isinstance(model, VAEs):
             raise TypeError(f"class_elbo trains VAEs, not a {type(model).__name__}")
+        if not bool(((y >= 0) & (y < len(model.parts))).all()):
+            raise ValueError(f"there are models of the classes 0 to {len(model.parts) - 1} alone")
         own = [y == c for c in range(len(model.parts))]
         sums = [
             one(part, x[mine], y[mine]) * mine.sum()
@@ -432,7 +435,7 @@ def _latent(model: WGAN, count: int, draws: torch.Generator) -> Tensor:
 def _misfit(made: Tensor, x: Tensor, variance: float) -> Float[Tensor, " B"]:
     r"""$-\log p(x\mid z)$ in nats."""
     square = (made - x).flatten(1).square().sum(dim=1)
-    return 0.5 * (square / variance + x[0].numel() * math.log(2 * math.pi * variance))
+    return 0.5 * (square / variance + math.prod(x.shape[1:]) * math.log(2 * math.pi * variance))
 
 
 def _vae(model: nn.Module) -> VAE:

@@ -122,7 +122,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) inputs with ``sizes[0]`` values each to (B, K) logits."""
-        if x.ndim < 2 or x[0].numel() != self.sizes[0]:
+        if x.ndim < 2 or prod(x.shape[1:]) != self.sizes[0]:
             raise ValueError(
                 f"MLP takes (B, ...) inputs of {self.sizes[0]} values each, not {tuple(x.shape)}"
             )

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers import Stretch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
@@ -123,3 +124,13 @@ def test_networks_in_training_mode_are_refused(digits):
     moving.eval()[1].train()
     with pytest.raises(ValueError, match="mine: in training mode"):
         committee.assemble(digits.train, {"mine": moving})
+
+
+def test_a_committee_has_members_and_leaves_images_as_they_are():
+    with pytest.raises(ValueError, match="at least one member"):
+        Committee({})
+    digits = data.load("digits").train[:50]
+    network = nn.Sequential(Stretch(in_place=True), nn.Flatten(), nn.Linear(64, 10)).eval()
+    x = digits.x.clone()
+    committee.assemble(digits, {"in place": network}).answers(x)
+    assert torch.equal(x, digits.x)

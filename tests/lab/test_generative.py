@@ -156,6 +156,14 @@ def player(seed=0, **settings):
     return models.build("wgan", **{"hidden": (8,), "seed": seed} | settings)
 
 
+def test_a_label_without_a_model_is_refused():
+    bank = models.build("vaes", classes=2)
+    x = torch.rand(3, 1, 8, 8)
+    for wrong in (2, -1):
+        with pytest.raises(ValueError, match="the classes 0 to 1 alone"):
+            class_elbo(0.05)(bank, x, torch.tensor([0, 1, wrong]))
+
+
 def test_a_game_that_was_killed_goes_on(tmp_path, monkeypatch):
     """In its third epoch; also where its numbers are NumPy's."""
 

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from adv.defenses.critic import Critic
 from adv.lab import data, models
 from adv.lab.models import (
     MLP,
@@ -527,3 +528,20 @@ def test_colors_of_other_shapes_are_refused():
     ):
         with pytest.raises(ValueError, match="join_color takes luminance"):
             join_color(luminance, chroma)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        MLP((6, 5, 3)),
+        models.build("lenet5"),
+        models.build("digits-cnn"),
+        models.build("resnet32"),
+        Critic((784, 4, 10)),
+    ],
+    ids=lambda net: type(net).__name__,
+)
+def test_an_empty_batch_has_no_logits(net):
+    shape = {"MLP": (6,), "LeNet5": (1, 28, 28), "ResNet32": (3, 32, 32), "Critic": (784,)}
+    x = torch.zeros(0, *shape.get(type(net).__name__, (1, 8, 8)))
+    assert len(net.eval()(x)) == 0
