@@ -186,9 +186,8 @@ class Search:
         """Uniform perturbations of a radius in shares of the range, or as large as a solution's."""
         if radius == 0:
             return torch.zeros_like(self.x)
-        uniform = (
-            torch.rand(self.given.shape, dtype=self.x.dtype, generator=draws, device="cpu") * 2 - 1
-        )
+        shape, dtype = self.given.shape, self.x.dtype
+        uniform = torch.rand(shape, dtype=dtype, generator=draws, device="cpu") * 2 - 1
         uniform = uniform.to(self.x.device)
         if self.rows is not None:
             uniform = uniform[self.rows]

@@ -388,11 +388,8 @@ def random_perturbation(
         ids, table = _groups(x, "pixels")
         if count > len(table):
             raise ValueError(f"count is at most the number of pixels, {len(table)}, not {count}")
-        rank = (
-            torch.rand(len(x), len(table), generator=draws, device="cpu")
-            .argsort(dim=1)
-            .argsort(dim=1)
-        )
+        drawn = torch.rand(len(x), len(table), generator=draws, device="cpu")
+        rank = drawn.argsort(dim=1).argsort(dim=1)
         delta = torch.where((rank.to(x.device) < count)[:, ids].view_as(x), delta, 0.0)
     return torch.where(delta == 0, x, (x + delta).clamp(*bounds))
 
