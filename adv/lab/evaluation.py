@@ -421,9 +421,12 @@ def report(
         for each model.
 
     Raises:
-        TypeError: as in ``robust_accuracy``.
+        TypeError: models or attacks without labels, or as in ``robust_accuracy``.
         ValueError: no models, no attacks, or as in ``robust_accuracy``.
     """
+    for what, given in (("models", models), ("attacks", attacks)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{what} is a mapping from labels, not {type(given).__name__}")
     if not models or not attacks:
         raise ValueError("report() needs at least one model and one attack")
     grid = sorted({0.0, *_radii(eps)})

@@ -681,3 +681,11 @@ def test_powers_are_bound_to_the_attack():
     y = net(x).argmax(dim=1)
     with pytest.raises(TypeError, match=r"functools.partial\(attack, norm=...\)"):
         ev.minimal_norms(net, x, y, pdpgd, norm="l1/2")
+
+
+def test_a_report_needs_labels():
+    model, x, y = affine(3, 4), inputs(2, 4), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match="models is a mapping from labels, not "):
+        ev.report(model, x, y, {"fgsm": fgsm}, [0.1], norm="linf")
+    with pytest.raises(TypeError, match="attacks is a mapping from labels, not list"):
+        ev.report({"mine": model}, x, y, [fgsm], [0.1], norm="linf")
