@@ -80,3 +80,11 @@ def test_what_cannot_be_vouched_for(repository, tmp_path):
     edit(repository, "def first", "def third")
     assert unchanged.add("HEAD", "a new name", [*NAMES, "adv.main.third"], file) == 1
     assert list(read(file)["changes"][0]["digests"]) == ["adv.main.second"]
+
+
+def test_what_is_stored_is_of_code_that_there_is():
+    for change in read(versions.UNCHANGED)["changes"]:
+        assert "hecked" in change["change"], "a reason says how it was checked"
+        for name, (before, after) in change["digests"].items():
+            assert before != after
+            assert versions.digest(name)
