@@ -446,12 +446,11 @@ def _state(path: Path) -> dict[str, Tensor]:
             f"cannot read {path}: it must be a safetensors file or a PyTorch state dict "
             "(torch.save(network.state_dict(), file)), and nothing that runs code when it is loaded"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        named = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise UnusableError(
-            f"{path} holds no state dict (a mapping from names to tensors) but {named}; "
-            "save the state dict alone"
-        )
+    told = f"{path} holds no state dict (a mapping from names to tensors)"
+    if not isinstance(state, dict):
+        raise UnusableError(f"{told} but a {type(state).__name__}")
+    if others := [str(name) for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise UnusableError(f"{told}: {', '.join(others)}; save the state dict alone")
     return state
 
 

@@ -54,17 +54,11 @@ number = 3
 
 
 IN_PLACE = """
-class Shift(nn.Module):
-    def __init__(self, in_place):
-        super().__init__()
-        self.in_place = in_place
-
-    def forward(self, x):
-        return x.sub_(0.5).mul_(3) if self.in_place else (x - 0.5) * 3
+from helpers import Stretch
 
 torch.manual_seed(0)
 layers = nn.Flatten(), nn.Linear(64, 10)
-plain, in_place = (nn.Sequential(Shift(flag), *layers) for flag in (False, True))
+plain, in_place = (nn.Sequential(Stretch(flag), *layers) for flag in (False, True))
 """
 
 
@@ -246,7 +240,7 @@ WITH = (*BASE, "--weights")
         (["mynet:make", *WITH, "nan.pt"], 1, "not finite"),
         (["mynet:make", *WITH, "trap.pt"], 1, "runs code"),
         (["mynet:make", *WITH, "list.pt"], 1, "no state dict"),
-        (["mynet:make", *WITH, "nested.pt"], 1, "but model, epoch; save the state dict alone"),
+        (["mynet:make", *WITH, "nested.pt"], 1, ": model, epoch; save the state dict alone"),
         (["mynet.py:make", *BASE], 1, "; write mynet:make"),
         (["mynet:make", *WITH, "text.safetensors"], 1, "cannot read"),
         (["mynet:two", *WITH, "weights.pt"], 1, "does not fit"),

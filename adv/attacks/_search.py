@@ -16,6 +16,7 @@ from adv.attacks.common import (
     GradientWatch,
     Model,
     Observe,
+    drawn,
     expand,
     is_adversarial,
     loss_gradient,
@@ -186,9 +187,7 @@ class Search:
         """Uniform perturbations of a radius in shares of the range, or as large as a solution's."""
         if radius == 0:
             return torch.zeros_like(self.x)
-        shape, dtype = self.given.shape, self.x.dtype
-        uniform = torch.rand(shape, dtype=dtype, generator=draws, device="cpu") * 2 - 1
-        uniform = uniform.to(self.x.device)
+        uniform = drawn(torch.rand, self.given.shape, self.x, draws) * 2 - 1
         if self.rows is not None:
             uniform = uniform[self.rows]
         if radius is not None:

@@ -534,6 +534,20 @@ def generator(seed: int, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def drawn(
+    law: Callable[..., Tensor], shape: tuple[int, ...], like: Tensor, draws: torch.Generator
+) -> Tensor:
+    """Random numbers of a generator of the CPU, whatever torch's default device is.
+
+    Args:
+        law: ``torch.rand`` or ``torch.randn``.
+        shape: of the result.
+        like: a tensor of the type wanted, on the device wanted.
+        draws: as ``generator`` makes it.
+    """
+    return law(shape, dtype=like.dtype, generator=draws, device="cpu").to(like.device)
+
+
 # ----------------------------------------------------------------------------------------- checks
 
 

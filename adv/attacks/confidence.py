@@ -121,9 +121,7 @@ def high_confidence(
             log_p, w = input_gradient(lambda z: _log_p(model(z), plain(target)), x_adv)
             w = watch.see(w, best.found)
             if exponent(norm) < 2:  # a step is of few entries: not of those that cannot move
-                ahead = torch.where(expand(log_p < log_c, w), w, -w)
-                low, high = room(x_adv, bounds)
-                w = torch.where(torch.where(ahead > 0, high, -low) > 0, w, 0.0)
+                w = _movable(w, log_p < log_c, x_adv, bounds)
             if observe is not None:
                 observe(step, {"x_adv": x_adv, "log_p": log_p, "target": target})
             x_adv = (x_adv + confidence_step(log_p, w, log_c, norm, limit)).clamp(*bounds)
@@ -285,6 +283,13 @@ def _indicator(stop: Stop) -> Callable[[Tensor, Tensor], Tensor]:
     if stop not in known:
         raise ValueError(f"stop is one of {', '.join(known)}, not {stop!r}")
     return known[stop]
+
+
+def _movable(w: Tensor, uphill: Tensor, x_adv: Tensor, bounds: Bounds) -> Tensor:
+    """The gradient without the entries that are at their wall, in the direction of the step."""
+    low, high = room(x_adv, bounds)
+    ahead = torch.where(expand(uphill, w), w, -w)
+    return torch.where(torch.where(ahead > 0, high, -low) > 0, w, 0.0)
 
 
 def _log_p(logits: Tensor, target: Tensor) -> Float[Tensor, " B"]:

@@ -23,6 +23,7 @@ from adv.attacks.common import (
     check_count,
     check_number,
     check_range,
+    drawn,
     eval_mode,
     expand,
     generator,
@@ -255,9 +256,7 @@ def singular(
     Source: Balda et al. (2018), (14); chapter ``regression``.
     """
     J = Jacobian.of(jacobian)
-    start = torch.randn(J.x.shape, dtype=J.x.dtype, generator=generator(seed), device="cpu").to(
-        J.x.device
-    )
+    start = drawn(torch.randn, J.x.shape, J.x, generator(seed))
     unit = partial(steepest, kind="l2")
     v = ascend(J, None, unit(start), unit, steps=steps, tol=tol, observe=observe)
     image = J.jvp(v)
@@ -508,8 +507,7 @@ def sign_bound(gram: Float[Tensor, "B Z Z"], *, steps: int = 500) -> Float[Tenso
     if gram.shape[1] != Z or not torch.allclose(gram, gram.mT, atol=1e-5 * float(gram.abs().max())):
         raise ValueError(f"expected symmetric matrices (B, Z, Z), got shape {tuple(gram.shape)}")
     rank = math.isqrt(2 * Z) + 2
-    shape = (len(gram), Z, rank)
-    V = torch.randn(shape, dtype=gram.dtype, generator=generator(0), device="cpu").to(gram.device)
+    V = drawn(torch.randn, (len(gram), Z, rank), gram, generator(0))
     for _ in range(steps):
         V = torch.nn.functional.normalize(gram @ V, dim=2)
     lam = (gram @ V * V).sum(2)

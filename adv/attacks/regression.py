@@ -28,6 +28,7 @@ from adv.attacks.common import (
     check_outputs,
     check_range,
     check_seed,
+    drawn,
     eval_mode,
     expand,
     generator,
@@ -388,8 +389,8 @@ def random_perturbation(
         ids, table = _groups(x, "pixels")
         if count > len(table):
             raise ValueError(f"count is at most the number of pixels, {len(table)}, not {count}")
-        drawn = torch.rand(len(x), len(table), generator=draws, device="cpu")
-        rank = drawn.argsort(dim=1).argsort(dim=1)
+        keys = torch.rand(len(x), len(table), generator=draws, device="cpu")
+        rank = keys.argsort(dim=1).argsort(dim=1)
         delta = torch.where((rank.to(x.device) < count)[:, ids].view_as(x), delta, 0.0)
     return torch.where(delta == 0, x, (x + delta).clamp(*bounds))
 
@@ -435,8 +436,7 @@ def _default(x: Tensor) -> Rule:
 
 
 def _random_like(x: Tensor, seed: int, *stream: int) -> Tensor:
-    draws = generator(seed, *stream)
-    return torch.randn(x.shape, dtype=x.dtype, generator=draws, device="cpu").to(x.device)
+    return drawn(torch.randn, x.shape, x, generator(seed, *stream))
 
 
 def _error(out: Tensor, y: Tensor) -> Float[Tensor, " B"]:

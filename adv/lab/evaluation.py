@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adv.attacks._size import POWERS
 from adv.attacks.common import (
     Bounds,
     Model,
@@ -661,7 +662,7 @@ def _takes(attack: Attack, name: str) -> bool:
 
 def _norm_of(attack: Attack, given: Norm | None) -> Norm:
     norm = _default(attack, "norm") if given is None else given
-    if not _named(norm) or norm in ("l1/2", "l2/3"):
+    if not _named(norm) or norm in POWERS:
         raise TypeError(
             "a norm to measure in has a name: bind a penalty of your own to the attack with "
             "functools.partial(attack, norm=...), and say norm=... here"

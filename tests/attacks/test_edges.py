@@ -304,11 +304,8 @@ def test_a_model_that_works_in_place_is_attacked_like_any_other(attack, scene):
 def test_draws_stay_on_the_cpu_whatever_the_default_device(attack, scene):
     net, x, y = scene
     expected = call(attack, net, x, y)
-    with torch.device("meta"):
-        try:
-            found = call(attack, net, x, y)
-        except NotImplementedError as error:  # a tensor made without a device
-            pytest.fail(str(error))
+    with torch.device("meta"):  # where a tensor made without a device has no values
+        found = call(attack, net, x, y)
     assert torch.equal(found, expected)
 
 

@@ -53,9 +53,7 @@ def digests(tmp_path, monkeypatch):
     clear()
 
 
-def clear():
-    for cached in (versions.digest, versions._source, versions._closure):
-        cached.cache_clear()
+clear = versions._forget
 
 
 def changed(before, after):
