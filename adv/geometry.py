@@ -478,9 +478,9 @@ def prox_l0(
 
     Source: Matyasko (2020), eq. (5.14), corrected.
     """
-    flat, weight = _flat(u), _column(lam, u, "lam") / _weights(metric, u)
+    flat, weight = _flat(u), 2 * _column(lam, u, "lam") / _weights(metric, u)
     clipped = _clip(flat, _flat_box(box, u))
-    return _like(torch.where(_gain(flat, clipped) > (2 * weight).sqrt(), clipped, 0.0), u)
+    return _like(torch.where(_gain(flat, clipped) > weight.sqrt_(), clipped, 0.0), u)
 
 
 def prox_group_l0(
@@ -610,7 +610,7 @@ def _weights(metric: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _clip(flat: Tensor, box: Box | None) -> Tensor:
-    return flat if box is None else torch.minimum(torch.maximum(flat, box[0]), box[1])
+    return flat if box is None else torch.clamp(flat, *box)
 
 
 def _nonzero(x: Tensor) -> Tensor:
@@ -635,7 +635,7 @@ def _length(flat: Tensor, p: float) -> Tensor:
 
 def _gain(flat: Tensor, clipped: Tensor) -> Tensor:
     """Square root of c(2u - c), what moving from 0 to c = clip(u) saves; roots do not overflow."""
-    return clipped.abs().sqrt() * (2 * flat - clipped).abs().sqrt()
+    return clipped.abs().sqrt_().mul_(torch.sub(clipped, flat, alpha=2).abs_().sqrt_())
 
 
 def _bracket(

@@ -13,13 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adv.attacks.common import expand
+from adv.attacks.common import expand, settled
 from adv.geometry import Box, Norm, Penalty, dual_norm, exponent, pixels, prox
 
 NAMES = {math.inf: "linf", 2.0: "l2", 1.0: "l1"}
 POWERS = {"l1/2": 1 / 2, "l2/3": 2 / 3}
 NEWTON = 5
 """Newton steps for the level of a proximal operator, twice as many for a crossing."""
+MANY, ROUNDING = 256, 1e-3
+"""Entries from which on sorting all of them is dear; what to gain more than a gap, to be sure."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Size:
             return _fitting("value", self.own.value(delta), delta.shape[:1])
         flat = delta.flatten(1)
         if self.kind == "l0":
-            return flat.count_nonzero(dim=1).to(delta.dtype)
+            return flat.sign().abs_().sum(dim=1)  # on the CPU four times as fast as counting
         if self.kind == "group_l0":
             return pixels(delta)
         if self.kind in POWERS:
@@ -140,9 +142,9 @@ def _prox_linf(
     w = torch.ones_like(size) if metric is None else metric.flatten(1)
     t = level[:, None]
     for _ in range(NEWTON):
-        over = (size - t).clamp_min(0)
+        over = (size - t).clamp_min_(0)
         excess = torch.linalg.vecdot(w, over)[:, None] - lam[:, None]
-        slope = torch.linalg.vecdot(w, over.sign())[:, None]
+        slope = torch.linalg.vecdot(w, over.sign_())[:, None]
         t = torch.where(slope > 0, t + excess / slope, 0.0).clamp_min(0)
     t = expand(t, u)
     z = torch.clamp(u, -t, t)
@@ -247,23 +249,50 @@ def _ray(size: Tensor, rate: Tensor, cap: Tensor, c: Tensor) -> Tensor:
     """
     t = torch.zeros_like(c)
     speed = size * rate
-    for _ in range(2 * NEWTON):
+    for k in range(2 * NEWTON):
         left = cap - t * rate
-        missing = c - torch.linalg.vecdot(size, cap - left.clamp_min(0))[:, None]
-        slope = torch.linalg.vecdot(speed, left.sign().clamp_min(0))[:, None]
-        t = torch.where(slope > 0, t + missing.clamp_min(0) / slope, math.inf)
+        missing = c - torch.linalg.vecdot(size, cap - left.clamp_min_(0))[:, None]
+        slope = torch.linalg.vecdot(speed, left.sign_())[:, None]
+        before, t = t, torch.where(slope > 0, t + missing.clamp_min(0) / slope, math.inf)
+        if settled((t == before).squeeze(1), k):
+            break
     return torch.minimum(torch.where(rate > 0, t * rate, 0.0), cap)
 
 
 def _greedy(key: Tensor, cap: Tensor, c: Tensor) -> Tensor:
     """How much of ``cap`` to take in the order of ``key`` until the sum weighted by it is c.
 
-    Of equal keys the first comes first. ``topk`` would leave that open, and what a sample gets
-    could then depend on the others in its batch.
+    Of equal keys the first comes first; otherwise what a sample gets could depend on the others in
+    its batch. Where sorting is dear a share of the keys is tried first, the largest.
     """
-    key_, order = key.sort(dim=1, descending=True, stable=True)
-    cap_ = cap.gather(1, order)
+    if key.device.type != "cpu" or key.dtype != torch.float32 or key.shape[1] < MANY:
+        return _take(key, cap, c, key.argsort(dim=1, descending=True, stable=True))
+    order = _largest(key, key.shape[1] // 8)
+    taken = _take(key, cap, c, order)
+    gained = (key * cap).gather(1, order).sum(dim=1)
+    short = (gained < (1 + ROUNDING) * c[:, 0]).nonzero().squeeze(1)
+    if len(short):
+        whole = key[short].argsort(dim=1, descending=True, stable=True)
+        taken[short] = _take(key[short], cap[short], c[short], whole)
+    return taken
+
+
+def _largest(key: Tensor, count: int) -> Tensor:
+    """Where the largest keys are, in order; of equal ones the first comes first.
+
+    The bits of positive floats are in the order of their values. As the upper half of an integer,
+    above the index counted down, they leave no two equal, so that ``topk`` has no choice.
+    """
+    d = key.shape[1]
+    down = d - 1 - torch.arange(d, device=key.device)
+    unique = (key.contiguous().view(torch.int32).long() << 32) | down
+    return d - 1 - (unique.topk(count, dim=1).values & (2**32 - 1))
+
+
+def _take(key: Tensor, cap: Tensor, c: Tensor, order: Tensor) -> Tensor:
+    """The rule of ``_greedy`` in a given order; nothing of what is not in it."""
+    key_, cap_ = key.gather(1, order), cap.gather(1, order)
     total = (key_ * cap_).cumsum(dim=1)
     left = (c - total + key_ * cap_).clamp_min(0)
     taken = torch.minimum(left / torch.where(key_ > 0, key_, 1.0), cap_)
-    return torch.zeros_like(key).scatter(1, order, taken)
+    return torch.zeros_like(key).scatter_(1, order, taken)

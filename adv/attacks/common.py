@@ -329,14 +329,15 @@ class GradientWatch:
             adversarial: (B,) the samples that are adversarial at this step; what their gradients
                 do from here on is of no account.
         """
-        # The sum of zeros and entries that are not finite: finite only if there are none of these.
-        total = gradient.flatten(1).sum(dim=1)
-        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+        cleaned = gradient.nan_to_num(0.0, 0.0, 0.0)
         self.done |= adversarial
-        zero = (gradient.flatten(1).abs().amax(dim=1) == 0) & ~self.done
+        if settled(self.done, 0):
+            return cleaned
+        zero = (cleaned.flatten(1).abs().amax(dim=1) == 0) & ~self.done
         self.stuck |= zero
-        self.broken |= zero & ~total.isfinite()
-        return gradient
+        # The sum of zeros and entries that are not finite: finite only if there are none of these.
+        self.broken |= zero & ~gradient.flatten(1).sum(dim=1).isfinite()
+        return cleaned
 
     def report(self, attack: str, depth: int = 3) -> None:
         """Warn with a ``GradientMaskingWarning`` if any sample was ever stuck.

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from adv.attacks import _size as size_module
 from adv.attacks import pdpgd as module
 from adv.attacks._search import Search
 from adv.attacks._size import Size, _prox_linf, size_of
@@ -91,6 +92,23 @@ def test_crossing_among_equal_slopes_does_not_depend_on_the_batch(kind):
     beside = crossing(g, torch.tensor([5.0, 140.0]), kind, box=box)
     assert torch.equal(beside[:1], alone)
     assert alone.flatten().nonzero().flatten().tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("kind", ["l1", "l0", "group_l0"])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), digits=st.integers(0, 3), share=st.floats(0, 1.2))
+def test_crossing_by_the_largest_slopes_equals_that_by_all(kind, seed, digits, share):
+    """Equal slopes, zero ones, and gaps that take more than the share tried first included."""
+    draws = torch.Generator().manual_seed(seed)
+    x = torch.rand(6, 3, 16, 20, generator=draws)
+    g = torch.randn(x.shape, generator=draws).round(decimals=digits)
+    g = g * torch.tensor([1.0, 0.0, 1e-3, 1.0, 1.0, 1.0])[:, None, None, None]
+    g[4].view(-1)[5:] = 0
+    gap = share * torch.rand(6, generator=draws) ** 3 * g.flatten(1).abs().sum(dim=1)
+    found = crossing(g, gap, kind, box=room(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(size_module, "MANY", math.inf)
+        assert torch.equal(found, crossing(g, gap, kind, box=room(x)))
 
 
 def test_crossing_out_of_reach_is_the_best_corner_and_nothing_moves_on_the_far_side():
