@@ -1,9 +1,10 @@
 """Speed, and strength against cost: ``make bench``.
 
-``python -m benchmarks speed``, ``strength`` or ``radius`` (at one radius) does one of them.
-Each row of speed times two ways to do the same thing in one run and prints their ratio, because
-times alone wander with the machine. Strength is shown as it is stored; ``--store`` runs what is
-missing or of older code, which takes hours, and rewrites files in ``reproduce/results/benchmark``.
+``python -m benchmarks speed``, ``strength``, ``radius`` (at one radius) or ``overhead`` (time
+between passes) does one of them. Each row of speed times two ways to do the same thing in one run
+and prints their ratio, because times alone wander with the machine. The others are shown as they
+are stored; ``--store`` runs what is missing or of older code, which takes hours, and rewrites files
+in ``reproduce/results/benchmark``.
 Nothing here is asserted: tests of speed are not tests of truth.
 """
 
@@ -208,11 +209,25 @@ def at_one_radius(*, store: bool) -> None:
     print(radius.table(content).to_string(na_rep="", float_format=lambda v: f"{v:.0f}"))
 
 
+def between_passes(*, store: bool) -> None:
+    """Print the table; to ``store`` it, run the attacks that are not stored yet before that."""
+    from benchmarks import overhead
+    from reproduce.files import read
+
+    network = overhead.network()
+    content = overhead.contest(network) if store else read(overhead.path(network.name))
+    if content is None:
+        print("\ntime between passes: nothing stored yet; --store runs it")
+        return
+    print(f"\n{content['network']}, {content['steps']} passes, time over that of the passes alone")
+    print(overhead.table(content).to_string(float_format=lambda v: f"{v:.2f}"))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "part", nargs="?", choices=("speed", "strength", "radius"), help="default: all"
+        "part", nargs="?", choices=("speed", "strength", "radius", "overhead"), help="default: all"
     )
     parser.add_argument("--only", default="", help="networks, separated by commas")
     parser.add_argument("--norms", default="", help="separated by commas")
@@ -225,8 +240,8 @@ def main() -> None:
     chosen = any((given.only, given.norms, given.budgets, given.trust))
     if given.part == "speed" and (given.store or chosen):
         parser.error("of the comparisons of speed nothing can be chosen or stored")
-    if given.part == "radius" and chosen:
-        parser.error("of the race at one radius nothing can be chosen but --store")
+    if given.part in ("radius", "overhead") and chosen:
+        parser.error(f"of {given.part} nothing can be chosen but --store")
     with friendly("benchmarks"):
         if given.part in (None, "speed"):
             speed()
@@ -234,6 +249,8 @@ def main() -> None:
             contests(given)
         if given.part == "radius" or (given.part is None and not chosen):
             at_one_radius(store=given.store)
+        if given.part == "overhead" or (given.part is None and not chosen):
+            between_passes(store=given.store)
 
 
 if __name__ == "__main__":

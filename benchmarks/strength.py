@@ -226,9 +226,9 @@ def _measure(
             if run and seconds > LONG:
                 break
             with counting(model) as counts:
-                start = _now()
+                start = now()
                 norms = minimal_norms(model, x, y, attack, norm=norm, steps=steps, seed=SEED)
-                seconds = min(seconds, _now() - start)
+                seconds = min(seconds, now() - start)
     bare = (bare + _bare(model, x, y)) / 2
     return {
         "forward": round(counts.forward / attacked, 1),
@@ -242,13 +242,13 @@ def _bare(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Seconds of a forward and a backward pass of the batch: the least of some."""
     times = []
     for _ in range(8):
-        start = _now()
+        start = now()
         input_gradient(lambda z: margin(model(z), y), x)
-        times.append(_now() - start)
+        times.append(now() - start)
     return min(times[1:])
 
 
-def _now() -> float:
+def now() -> float:
     """Processor time, which other programs on the machine don't stretch; on a GPU, the clock."""
     if device().type == "cuda":
         torch.cuda.synchronize()

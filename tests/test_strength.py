@@ -4,12 +4,13 @@ import json
 from functools import partial
 
 import pytest
+import torch
 
 from adv.attacks.gradient import pgd
 from adv.attacks.pdpgd import pdpgd
 from adv.lab import data, peers, zoo
-from adv.lab.evaluation import minimal_norms
-from benchmarks import radius, strength
+from adv.lab.evaluation import counting, minimal_norms
+from benchmarks import overhead, radius, strength
 from benchmarks.__main__ import main
 from benchmarks.strength import Network, contest, path, table
 
@@ -112,11 +113,13 @@ def test_what_cannot_be_run_is_said(monkeypatch, arguments, message):
         ["speed", "--only=digits/none", "--store"],
         ["speed", "--only=digits/mlp-24"],
         ["radius", "--store", "--norms=l2"],
+        ["overhead", "--store", "--only=mnist/lenet5"],
     ],
 )
 def test_options_that_a_part_lacks_are_refused(monkeypatch, capsys, arguments):
     monkeypatch.setattr("benchmarks.__main__.speed", pytest.fail)
     monkeypatch.setattr(radius, "contest", pytest.fail)
+    monkeypatch.setattr(overhead, "contest", pytest.fail)
     monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -187,3 +190,47 @@ def test_at_one_radius_what_is_left_is_what_attacks_leave(tmp_path, monkeypatch,
     file.unlink()
     main()
     assert "nothing stored" in capsys.readouterr().out
+
+
+def test_time_between_passes_is_told_from_that_of_passes(tmp_path, monkeypatch, capsys):
+    """By a clock that counts the passes through the network: an attack makes one each step."""
+    network, lines = Network("digits/cnn", 30), []
+    model, some, origin = strength.scene(network)
+    right = model(some.x).argmax(1) == some.y
+
+    def attack(recorded, x, y, *, norm, steps, seed):
+        assert torch.equal(x, some.x[right])
+        for _ in range(steps):
+            recorded(0.5 * x)
+            if norm == "l2":  # not told to the recorder: time between the passes
+                model(x), model(x)
+        return x
+
+    entry = strength.Entry(attack, ("adv.attacks.pdpgd.pdpgd",))
+    monkeypatch.setattr(overhead, "entries", lambda: {"pdpgd": entry})
+    monkeypatch.setattr(overhead, "scene", lambda network: (model, some, origin))
+    with counting(model) as counts:
+        monkeypatch.setattr(overhead, "now", lambda: counts.forward)
+        content = overhead.contest(network, steps=20, results=tmp_path, show=lines.append)
+    cost = overhead.table(content)
+    assert cost.loc["pdpgd"].to_dict() == {"linf": 1, "l2": 3, "l1": 1, "l0": 1}
+    assert [row["points"] for row in content["rows"]] == [1] * 4
+    overhead.contest(network, steps=20, results=tmp_path, show=lines.append)
+    assert len(lines) == 4, "nothing again"
+    file = overhead.path(network.name, tmp_path)
+    monkeypatch.setattr(overhead, "network", lambda: network)
+    monkeypatch.setattr(overhead, "path", lambda name: file)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "overhead"])
+    main()
+    assert "20 passes" in capsys.readouterr().out
+    file.unlink()
+    main()
+    assert "nothing stored" in capsys.readouterr().out
+
+
+def test_the_attacks_whose_time_is_measured_run_under_every_norm():
+    model, test = zoo.load("digits/mlp-24"), data.load("digits").test
+    for name, entry in overhead.entries().items():
+        for norm in strength.NORMS:
+            x_adv = entry.attack(model, test.x[:3], test.y[:3], norm=norm, steps=3, seed=0)
+            assert x_adv.shape == (3, 1, 8, 8), name
