@@ -219,7 +219,12 @@ def between_passes(*, store: bool) -> None:
     if content is None:
         print("\ntime between passes: nothing stored yet; --store runs it")
         return
-    print(f"\n{content['network']}, {content['steps']} passes, time over that of the passes alone")
+    print(
+        f"\n{content['network']}, {len(content['images'])} images, {content['steps']} passes: time"
+    )
+    print(
+        "over that of the same passes alone (cost), and of these over passes at the images (points)"
+    )
     print(overhead.table(content).to_string(float_format=lambda v: f"{v:.2f}"))
 
 

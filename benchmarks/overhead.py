@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from adv.attacks.common import input_gradient
 from adv.attacks.pdpgd import pdpgd
-from adv.lab import peers
 from adv.lab.evaluation import success
 from adv.lab.files import held
 from benchmarks import strength
@@ -28,15 +27,9 @@ from reproduce.versions import digest
 __all__ = ["contest", "network", "path", "table"]
 
 STEPS, IMAGES = 500, 500
-
-
-def entries() -> dict[str, Entry]:
-    """Ours and, of the libraries' attacks, the one that minimizes all four norms."""
-    code = tuple(f"adv.lab.peers.{part}" for part in ("attack", "PEERS[fmn]"))
-    return {
-        "pdpgd": Entry(pdpgd, ("adv.attacks.pdpgd.pdpgd",)),
-        "peers.fmn": Entry(partial(peers.attack, "fmn"), code),
-    }
+ENTRY = Entry(pdpgd, ("adv.attacks.pdpgd.pdpgd",))
+SOME = 50
+"""Passes at the images, by which one is timed."""
 
 
 def network() -> Network:
@@ -66,9 +59,9 @@ def contest(
         show: gets a line for each new row.
 
     Returns:
-        The file's content: ``steps`` and ``rows``, each with ``norm``, ``attack``, how many times
-        its own passes' time it takes (``cost``), how many times that of passes at the images
-        these take for each image (``points``), and ``made`` as in ``benchmarks.strength``.
+        The file's content: ``steps`` and ``rows``, each with ``norm``, the time that PDPGD takes
+        over that of its own passes (``cost``), the time of these over that of as many passes at
+        the images (``points``), and ``made`` as in ``benchmarks.strength``.
     """
     model, some, origin = scene(network)
     origin |= {"steps": steps}
@@ -76,25 +69,23 @@ def contest(
     x, y = some.x[right], some.y[right]
     file, content = path(network.name, results), dict[str, Any]()
     for norm in NORMS:
-        for name, entry in entries().items():
-            code, kept = "-".join(map(digest, entry.code)), _stored(file, origin)
-            key = (norm, name)
-            if key in kept and current(entry.code, kept[key]["code"]):
-                continue
-            row: dict[str, Any] = {"norm": norm, "attack": name, "code": code} | entry.made()
-            row |= _measure(model, x, y, partial(entry.attack, norm=norm, steps=steps, seed=SEED))
-            with held(file.parent):  # another process may have added rows meanwhile
-                rows = list((_stored(file, origin) | {key: row}).values())
-                content = origin | {"rows": rows}
-                write_json(file, content)
-            show(f"{norm:<5} {name:<10} {row['cost']:.2f} times its passes")
+        code, kept = digest(ENTRY.code[0]), _stored(file, origin)
+        if norm in kept and current(ENTRY.code, kept[norm]["code"]):
+            continue
+        row: dict[str, Any] = {"norm": norm, "code": code} | ENTRY.made()
+        row |= _measure(model, x, y, partial(ENTRY.attack, norm=norm, steps=steps, seed=SEED))
+        with held(file.parent):  # another process may have added rows meanwhile
+            rows = list((_stored(file, origin) | {norm: row}).values())
+            content = origin | {"rows": rows}
+            write_json(file, content)
+        show(f"{norm:<5} {row['cost']:.2f} times its passes")
     return content or read(file) or {}
 
 
 def table(content: dict[str, Any]) -> pd.DataFrame:
-    """The time of attacks over that of their own passes, by attack and norm."""
-    rows = [{name: row[name] for name in ("norm", "attack", "cost")} for row in content["rows"]]
-    return pd.DataFrame(rows).pivot_table("cost", "attack", "norm")[list(NORMS)]
+    """What the rows say of time, by norm."""
+    rows = pd.DataFrame(content["rows"]).set_index("norm")
+    return rows[["cost", "points"]].T.reindex(columns=list(NORMS))
 
 
 # ---------------------------------------------------------------------------------------- helpers
@@ -113,11 +104,11 @@ class _Recorder(nn.Module):
         return logits
 
 
-def _stored(file: Path, origin: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+def _stored(file: Path, origin: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The stored rows of this network, these images and this budget."""
     content = read(file) or {}
     same = all(content.get(key) == value for key, value in origin.items())
-    return {(row["norm"], row["attack"]): row for row in content["rows"]} if same else {}
+    return {row["norm"]: row for row in content["rows"]} if same else {}
 
 
 def _measure(
@@ -133,8 +124,8 @@ def _measure(
     attack(model, x, y)
     seconds = now() - start
     own = (before + _passes(model, points)) / 2
-    plain = _passes(model, [x] * round(passes)) * passes / round(passes)
-    return {"cost": round(seconds / own, 3), "points": round(own / plain, 3)}
+    plain = _passes(model, [x] * SOME) / SOME
+    return {"cost": round(seconds / own, 3), "points": round(own / (plain * passes), 3)}
 
 
 def _passes(model: nn.Module, points: list[Tensor]) -> float:
